@@ -1,0 +1,31 @@
+# Two commands on a fresh machine: `make repro` runs the whole workflow, `make test` runs the tests.
+# Both first create .venv from requirements.lock; that step is skipped while the lock is unchanged.
+PYTHON ?= python3
+BIN := $(CURDIR)/.venv/bin
+READY := .venv/installed-$(shell cat requirements.lock pyproject.toml | cksum | tr ' ' '-')
+export PATH := $(BIN):$(PATH)
+export RAY_USAGE_STATS_ENABLED := 0
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: repro test setup
+repro: setup
+	python -m pipeline.params
+	dvc repro
+
+test: setup
+	python -m pytest
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}: set PYTHON=/path/to/python3.11")'
+	@if command -v uv >/dev/null 2>&1; then \
+	  uv venv --quiet --allow-existing --python "$$(command -v $(PYTHON))" .venv && \
+	  VIRTUAL_ENV=.venv uv pip install --quiet --no-deps -r requirements.lock && \
+	  VIRTUAL_ENV=.venv uv pip install --quiet --no-deps --no-build-isolation -e . ; \
+	else \
+	  $(PYTHON) -m venv .venv && \
+	  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r requirements.lock && \
+	  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . ; \
+	fi
+	@rm -f .venv/installed-* && touch $@
