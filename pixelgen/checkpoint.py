@@ -1,0 +1,164 @@
+"""Weights on disk: the training state whole, exported models, and the import of the published checkpoints.
+
+Nothing here executes code from a file: states are read with `weights_only`, models are safetensors and JSON.
+"""
+
+import dataclasses
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pixelgen.config import ConfigError, DenoiserConfig, load
+from pixelgen.models import SIZES
+from pixelgen.models.jit import JiT
+from pixelgen.train import TrainState
+
+Weights = dict[str, Tensor]
+
+
+class CheckpointError(ValueError):
+    """A file does not hold what it should; the message names the file and the keys."""
+
+
+def save_state(state: TrainState, path: Path) -> None:
+    """Write the state so that a reader sees a whole file or none."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        torch.save(state.state_dict(), file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_state(state: TrainState, path: Path) -> None:
+    """Fill `state` from the file; any missing, extra or misshaped entry is an error."""
+    state.load_state_dict(read_state(path))
+
+
+def read_state(path: Path) -> Any:
+    """The content of a checkpoint file, tensors on the CPU; nothing in the file is executed."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint of tensors and plain data: {error}") from error
+
+
+# --------------------------------------------------------------------------------------------- exported models
+
+
+def export(directory: Path, config: DenoiserConfig, ema: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> None:
+    """Write `config.json`, `ema.safetensors` and `raw.safetensors` into `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"denoiser": "jit", "config": dataclasses.asdict(config)}, indent=2)
+    (directory / "config.json").write_text(text + "\n")
+    for name, weights in (("ema", ema), ("raw", raw)):
+        save_file({k: v.detach().float().cpu().contiguous() for k, v in weights.items()},
+                  directory / f"{name}.safetensors")
+
+
+def read_config(directory: Path) -> DenoiserConfig:
+    """The architecture of an exported model."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{directory}: not an exported model: there is no config.json. `pixelgen convert` makes "
+                              "one from a published .ckpt; training writes one when it ends")
+    described = json.loads(path.read_text())
+    if described.get("denoiser") != "jit":
+        raise CheckpointError(f"{path}: denoiser {described.get('denoiser')!r} is not known; valid: 'jit'")
+    return load(DenoiserConfig, described["config"], "config")
+
+
+def load_denoiser(directory: Path, weights: str = "ema") -> JiT:
+    """The exported model of `directory`, in eval mode on the CPU. `weights`: ema or raw."""
+    config = read_config(directory)
+    file = directory / f"{weights}.safetensors"
+    return build_denoiser(config, load_file(file), str(file)).eval().requires_grad_(False)
+
+
+def build_denoiser(config: DenoiserConfig, weights: Weights, source: str) -> JiT:
+    """A denoiser that holds exactly `weights`; missing, extra and misshaped entries are listed in one error."""
+    check_weights(config, weights, source)
+    model = JiT(config)
+    model.load_state_dict(weights)
+    return model
+
+
+def check_weights(config: DenoiserConfig, weights: Weights, source: str) -> None:
+    with torch.device("meta"):
+        expected = {k: tuple(v.shape) for k, v in JiT(config).state_dict().items()}
+    missing = sorted(expected.keys() - weights.keys())
+    extra = sorted(weights.keys() - expected.keys())
+    misshaped = [f"{k}: {tuple(weights[k].shape)} instead of {expected[k]}"
+                 for k in sorted(expected.keys() & weights.keys()) if tuple(weights[k].shape) != expected[k]]
+    problems = [f"{what} ({len(keys)}): {', '.join(keys)}"
+                for what, keys in (("missing", missing), ("extra", extra), ("misshaped", misshaped)) if keys]
+    if problems:
+        raise CheckpointError(f"{source}: the weights do not fit the model. " + "; ".join(problems))
+
+
+# ------------------------------------------------------------------------------------ the published checkpoints
+
+
+def read_published(path: Path, in_context_start: int | None = None) -> tuple[DenoiserConfig, Weights, Weights]:
+    """Read a Lightning `.ckpt` of the reference implementation -> architecture, EMA weights, raw weights.
+
+    The file holds `denoiser.*`, `ema_denoiser.*` and the REPA head `diffusion_trainer.proj.*`, which no longer
+    matters once training is over. Anything else, and anything that does not fit the inferred architecture, is an
+    error. `in_context_start` leaves no trace in the weights: it is known for the published sizes, and has to be
+    given for any other.
+    """
+    content = read_state(path)
+    state = content.get("state_dict") if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"{path}: not a Lightning checkpoint: there is no state_dict of tensors")
+    groups: dict[str, Weights] = {"denoiser": {}, "ema_denoiser": {}, "diffusion_trainer.proj": {}}
+    extra = []
+    for key, value in state.items():
+        for prefix, weights in groups.items():
+            if key.startswith(f"{prefix}."):
+                weights[key[len(prefix) + 1:]] = value
+                break
+        else:
+            extra.append(key)
+    empty = [name for name in ("denoiser", "ema_denoiser") if not groups[name]]
+    if extra or empty:
+        raise CheckpointError(f"{path}: extra ({len(extra)}): {', '.join(sorted(extra)) or 'none'}; "
+                              f"without any entry: {', '.join(empty) or 'none'}")
+    config = infer_config(groups["ema_denoiser"], str(path), in_context_start)
+    for name in ("ema_denoiser", "denoiser"):
+        check_weights(config, groups[name], f"{path}: {name}")
+    return config, groups["ema_denoiser"], groups["denoiser"]
+
+
+def infer_config(weights: Weights, source: str, in_context_start: int | None = None) -> DenoiserConfig:
+    """The architecture whose weights these are, read off their shapes."""
+    def shape(key: str) -> torch.Size:
+        if key not in weights:
+            raise CheckpointError(f"{source}: not a class-conditional denoiser: {key} is missing")
+        return weights[key].shape
+
+    proj = shape("x_embedder.proj1.weight")
+    patch, width = proj[-1], shape("blocks.0.norm1.weight")[0]
+    depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
+    known = [s for s in SIZES.values() if (s["width"], s["depth"], s["patch_size"]) == (width, depth, patch)]
+    if in_context_start is None:
+        if not known:
+            raise CheckpointError(f"{source}: width {width}, depth {depth}, patch {patch} is no named size, so the "
+                                  "block at which the in-context tokens enter is unknown: give in_context_start")
+        in_context_start = int(known[0]["in_context_start"])
+    try:
+        return DenoiserConfig(
+            image_size=round(shape("pos_embed")[1] ** 0.5) * patch, patch_size=patch, width=width, depth=depth,
+            heads=width // shape("blocks.0.attn.q_norm.weight")[0],
+            bottleneck=proj[0] if "x_embedder.proj2.weight" in weights else None,
+            in_context_start=in_context_start, in_context_len=shape("in_context_posemb")[1],
+            dropout=0.0, num_classes=shape("y_embedder.embedding_table.weight")[0] - 1)
+    except (ConfigError, IndexError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{source}: no denoiser has weights of these shapes: {error}") from error

@@ -1,0 +1,230 @@
+"""Typed configuration: frozen dataclasses and the strict loader that fills them from plain data.
+
+The dataclasses of the whole library stand here, and this file imports nothing heavy, so that a mistake in a
+parameter file is reported before torch is even loaded. `load` accepts exactly the fields of the dataclass: an
+unknown key, a missing key or a value of another type is a `ConfigError` that names the key and what is valid.
+Checks that involve several fields are in `__post_init__`, next to the fields.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A parameter is unknown, missing, of the wrong type, or in conflict with another."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigError(message)` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def choose(value: str, valid: Sequence[str], what: str) -> str:
+    """Return `value` if it is among `valid`; otherwise raise a `ConfigError` that lists the choices."""
+    if value not in valid:
+        near = difflib.get_close_matches(str(value), [str(v) for v in valid], n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ConfigError(f"{what}: {value!r} is not known{hint}; valid: {', '.join(map(str, sorted(valid)))}")
+    return value
+
+
+def load(cls: type[T], data: Any, where: str = "") -> T:
+    """Build dataclass `cls` from nested mappings. `where` is the dotted path used in error messages."""
+    return _convert(cls, data, where)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _build(hint, value, where)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (inner,) = [a for a in args if a is not type(None)]
+        return _convert(inner, value, where)
+    if origin is Literal:
+        return choose(value, args, where)
+    if origin is tuple:
+        inners = args[:1] * len(value) if isinstance(value, Sequence) and args[-1] is Ellipsis else args
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(inners):
+            size = "" if args[-1] is Ellipsis else f" of {len(args)}"
+            raise ConfigError(f"{where}: expected a list{size}, got {value!r}")
+        return tuple(_convert(i, v, f"{where}[{n}]") for n, (i, v) in enumerate(zip(inners, value, strict=True)))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: expected a mapping of names, got {value!r}")
+        return {str(k): _convert(args[1], v, _join(where, str(k))) for k, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(f"{where}: expected a finite number, got {value!r}")
+    return value
+
+
+def _build(cls: type[T], data: Any, where: str) -> T:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where or cls.__name__}: expected a mapping, got {data!r}")
+    hints = get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in data:
+        choose(key, names, f"{where or 'top level'}: key")
+    if missing := [n for n in names if n not in data]:
+        raise ConfigError(f"{where or 'top level'}: missing key {', '.join(missing)}; needed: {', '.join(names)}")
+    values = {n: _convert(hints[n], data[n], _join(where, n)) for n in names}
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}" if where else str(error)) from None
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+# ---------------------------------------------------------------------------------------------- the denoiser
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """Architecture of the class-conditional denoiser (`pixelgen.models.jit.JiT`)."""
+
+    image_size: int  # pixels on a side
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    bottleneck: int | None  # channels between the two patch-embedding convolutions; None: a single convolution
+    in_context_start: int  # block from which the in-context class tokens are prepended
+    in_context_len: int
+    dropout: float  # in the middle half of the blocks
+    num_classes: int
+
+    def __post_init__(self) -> None:
+        require(self.image_size % self.patch_size == 0,
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        require(self.width % self.heads == 0 and self.width // self.heads % 4 == 0,
+                f"width {self.width} over {self.heads} heads: the head size must be a multiple of 4 (2-D rotary)")
+        require(0 <= self.in_context_start < self.depth,
+                f"in_context_start {self.in_context_start} must be a block index below depth {self.depth}")
+        require(0 <= self.dropout < 1, f"dropout {self.dropout} must lie in [0, 1)")
+        require(self.num_classes >= 1, f"num_classes {self.num_classes} must be at least 1")
+
+
+# --------------------------------------------------------------------------------------------- the objective
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Weights and switches of the training objective (`pixelgen.objective`). A weight of 0 turns a term off."""
+
+    repa_weight: float = 0.5
+    repa_block: int = 8  # the tokens entering this block are aligned with DINO's
+    repa_hidden: int = 2048  # width of the REPA head
+    lpips_weight: float = 0.1
+    pdino_weight: float = 0.01
+    pdino_block: int = 11  # DINO block whose normalised patch tokens are compared
+    gate_threshold: float = 0.3  # a gated term counts samples with t >= threshold; 0 turns the gate off
+    gated: tuple[Literal["lpips", "pdino"], ...] = ("lpips",)
+    balance_start: int | None = 400_000  # optimizer step from which the perceptual weight adapts; None: never
+    balance_every: int = 50
+    condition_dropout: float = 0.1
+    time_mean: float = -0.8  # t = sigmoid(N(mean, std)), then shifted
+    time_std: float = 0.8
+    timeshift: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("repa_weight", "lpips_weight", "pdino_weight"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative")
+        require(self.repa_hidden >= 1, "repa_hidden must be at least 1")
+        require(0 <= self.gate_threshold <= 1, f"gate_threshold {self.gate_threshold} must lie in [0, 1]")
+        require(len(set(self.gated)) == len(self.gated), f"gated names a term twice: {list(self.gated)}")
+        for name in self.gated:
+            require(getattr(self, f"{name}_weight") > 0, f"gated names {name!r}, but {name}_weight is 0")
+        require(0 <= self.condition_dropout < 1, f"condition_dropout {self.condition_dropout} must lie in [0, 1)")
+        require(self.time_std > 0, "time_std must be positive")
+        require(self.timeshift > 0, "timeshift must be positive")
+        require(self.balance_every > 0, "balance_every must be positive")
+        require(self.balance_start is None or self.lpips_weight + self.pdino_weight > 0,
+                "balance_start is set, but there is no perceptual term to balance: set it to null")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float | None = None  # largest gradient norm; None: no clipping
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"lr {self.lr} must be positive")
+        require(all(0 <= b < 1 for b in self.betas), f"betas {self.betas} must lie in [0, 1)")
+        require(self.weight_decay >= 0, "weight_decay must not be negative")
+        require(self.clip is None or self.clip > 0, "clip must be positive, or null for no clipping")
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """The training loop (`pixelgen.train.fit`).
+
+    The global batch is cut into `lanes` micro-batches. A lane is the unit of everything random: its samples, its
+    noise and its times depend on (seed, step, lane) only. Ranks share the lanes out evenly and accumulate over
+    theirs, so the same run can go on with another number of ranks.
+    """
+
+    steps: int
+    batch_size: int
+    lanes: int
+    seed: int
+    ema_decay: float
+    precision: Literal["fp32", "bf16"]
+    compile: bool
+    checkpoint_every: int
+    keep_checkpoints: int
+    log_every: int
+    grid_every: int | None  # steps between the sample grids; None: none
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "lanes", "checkpoint_every", "keep_checkpoints", "log_every"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        require(self.batch_size % self.lanes == 0,
+                f"batch_size {self.batch_size} is not a multiple of lanes {self.lanes}")
+        require(0 <= self.ema_decay < 1, f"ema_decay {self.ema_decay} must lie in [0, 1)")
+        require(self.grid_every is None or self.grid_every >= 1, "grid_every must be at least 1, or null")
+
+
+# ------------------------------------------------------------------------------------------------ the sampler
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How an image is integrated from noise (`pixelgen.samplers`)."""
+
+    name: Literal["euler", "heun", "adams_bashforth"] = "heun"
+    steps: int = 50
+    guidance: float = 1.0  # 1: conditional only
+    interval: tuple[float, float] = (0.0, 1.0)  # guidance acts where interval[0] < t <= interval[1]
+    timeshift: float = 1.0
+    order: int | None = None  # of adams_bashforth, 1 to 4
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, f"steps {self.steps} must be at least 1")
+        require(self.guidance >= 0, f"guidance {self.guidance} must not be negative")
+        low, high = self.interval
+        require(0 <= low < high <= 1, f"interval [{low}, {high}] must satisfy 0 <= low < high <= 1")
+        require(self.timeshift > 0, "timeshift must be positive")
+        if self.name == "adams_bashforth":
+            require(self.order in (1, 2, 3, 4), f"order {self.order}: adams_bashforth takes 1, 2, 3 or 4")
+        else:
+            require(self.order is None, f"order {self.order}: only adams_bashforth has one; set it to null")

@@ -1,0 +1,70 @@
+"""DINOv2 patch features, the target of REPA and the space of P-DINO, loaded from files without network."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PATCH = 14
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def load_dino(directory: str | Path, grid: int) -> "Dino":
+    """The frozen network in `directory` for a grid of `grid`×`grid` patches.
+
+    `config.json` names the timm architecture and its arguments, `model.safetensors` holds timm's state dict; it must
+    fit exactly. The position embedding is interpolated to the grid once, here.
+    """
+    import timm  # slow to import; only training needs it
+
+    directory = Path(directory)
+    config = json.loads((directory / "config.json").read_text())
+    network = timm.create_model(config["architecture"], pretrained=False, num_classes=0, img_size=grid * PATCH,
+                                **config["arguments"])
+    state = load_file(directory / "model.safetensors")
+    state["pos_embed"] = interpolate_positions(state["pos_embed"], grid)
+    network.load_state_dict(state)
+    return Dino(network, grid)
+
+
+def interpolate_positions(table: Tensor, grid: int) -> Tensor:
+    """(1, 1 + M², C) -> (1, 1 + grid², C) as DINOv2's own code does it: bicubic without antialiasing, by the scale
+    factor (grid + 0.1)/M instead of the target size; the class token's row is kept."""
+    side = int((table.shape[1] - 1) ** 0.5)
+    if side == grid:
+        return table
+    patches = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    scale = (grid + 0.1) / side
+    patches = F.interpolate(patches, scale_factor=(scale, scale), mode="bicubic")
+    assert patches.shape[-1] == grid, "the scale factor rounds to the grid"
+    return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+class Dino(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] -> normalised patch tokens (B, grid², width) of the blocks asked for.
+
+    An image is resized so that it has exactly `grid` patches on a side: with a denoiser patch of 16 px, 256 px
+    become 224, and every DINO token lies over one denoiser token. No parameter takes a gradient; images may.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, grid: int):
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.grid, self.width, self.depth = grid, int(network.embed_dim), len(network.blocks)  # type: ignore
+        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
+        x = ((images + 1) / 2 - self.mean) / self.std
+        x = F.interpolate(x, size=(self.grid * PATCH,) * 2, mode="bicubic")
+        wanted = sorted(set(blocks))
+        tokens = self.network.forward_intermediates(  # type: ignore[operator]
+            x, indices=wanted, norm=True, output_fmt="NLC", intermediates_only=True)
+        return dict(zip(wanted, tokens, strict=True))

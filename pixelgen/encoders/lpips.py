@@ -1,0 +1,62 @@
+"""LPIPS (arXiv 1801.03924), loaded from files without network.
+
+The trunk is torchvision's VGG-16 or AlexNet; the linear layers ship inside the `lpips` package.
+"""
+
+import contextlib
+import io
+import json
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+TINY = 1e-10
+
+
+def load_lpips(directory: str | Path) -> "Lpips":
+    """The frozen metric of `directory`: `config.json` names the trunk (`vgg` or `alex`), `trunk.safetensors` holds
+    torchvision's `features.N.*`, every one of which must be there and fit (`classifier.*` is not used)."""
+    import lpips
+
+    directory = Path(directory)
+    net = json.loads((directory / "config.json").read_text())["net"]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # torchvision's old-argument warnings
+        warnings.simplefilter("ignore")
+        metric = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    layers = {name.split(".", 1)[1]: name for name in metric.net.state_dict()}  # "N.weight" -> "sliceK.N.weight"
+    trunk = {k.removeprefix("features."): v for k, v in load_file(directory / "trunk.safetensors").items()
+             if k.startswith("features.")}
+    metric.net.load_state_dict({layers.get(k, k): v for k, v in trunk.items()})
+    return Lpips(metric)
+
+
+class Lpips(nn.Module):
+    """Distance of two batches of images (B, 3, H, W) in [-1, 1] -> (B,). The second batch takes no gradient.
+
+    Equal to `lpips.LPIPS` in value. Its gradient is finite everywhere: there the norm of an all-zero feature vector
+    (a dead ReLU pixel) has an infinite derivative, and the product with zero is NaN.
+    """
+
+    def __init__(self, metric: nn.Module):
+        super().__init__()
+        self.metric = metric.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = self._features(targets)
+        distance = images.new_zeros(len(images))
+        for a, b, linear in zip(self._features(images), wanted, self.metric.lins, strict=True):  # type: ignore
+            distance = distance + linear((a - b).square()).mean(dim=(1, 2, 3))
+        return distance
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        layers = self.metric.net(self.metric.scaling_layer(images))  # type: ignore[operator]
+        return [unit(f.float()) for f in layers]
+
+
+def unit(x: Tensor) -> Tensor:
+    """Scale channels to unit length; a zero vector stays zero, with gradient zero instead of NaN."""
+    return x / (x.square().sum(1, keepdim=True).clamp_min(TINY**2).sqrt() + TINY)

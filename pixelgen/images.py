@@ -1,0 +1,49 @@
+"""Images in and out: crops, resizes, and the only conversions between uint8 and [-1, 1]."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def adm_resize(image: Image.Image, size: int) -> Image.Image:
+    """Shrink or enlarge so that the shorter side is `size`: halvings by box filter while at least twice too large,
+    then one bicubic step (the preprocessing of ADM, arXiv 2105.05233)."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The central size×size square; where the margin is odd, the smaller half goes to the left and to the top."""
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def adm_crop(image: Image.Image, size: int) -> np.ndarray:
+    """ADM's resize and centre crop of an RGB image -> (size, size, 3) uint8."""
+    return np.asarray(center_crop(adm_resize(image, size), size))
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 [0, 255] -> float32 [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float, nominally [-1, 1] -> uint8, rounding to nearest and clipping; a NaN is a ValueError."""
+    if images.isnan().any():
+        raise ValueError("the image holds NaN: refusing to turn it into pixels")
+    return ((images.float() + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)
+
+
+def grid(images: np.ndarray, columns: int) -> Image.Image:
+    """(N, H, W, 3) uint8 -> one picture, row by row, two pixels of white between images."""
+    count, height, width, _ = images.shape
+    rows = -(-count // columns)
+    canvas = np.full((rows * (height + 2) - 2, columns * (width + 2) - 2, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = i // columns * (height + 2), i % columns * (width + 2)
+        canvas[y:y + height, x:x + width] = image
+    return Image.fromarray(canvas)

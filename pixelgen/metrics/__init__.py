@@ -1,0 +1,1 @@
+"""Measures of generated images: the distribution metrics of the ImageNet papers and GenEval."""

@@ -1,0 +1,188 @@
+"""The training step and the loop around it: everything about training but where it runs.
+
+A rank trains on its lanes (see `FitConfig`), one micro-batch each, accumulates their gradients, and DDP averages them
+over ranks. Whatever is random is seeded by (seed, step, lane), so no generator state has to be saved, and a run that
+is stopped and resumed takes the very steps that an undisturbed run takes.
+"""
+
+import contextlib
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pixelgen.config import DenoiserConfig, FitConfig, OptimizerConfig
+from pixelgen.ema import ema_copy, ema_update
+from pixelgen.images import to_float
+from pixelgen.losses import balance_weight
+from pixelgen.models.jit import JiT
+from pixelgen.objective import Losses, Objective, WithProjector, repa_projector
+
+
+class NonFiniteError(RuntimeError):
+    """A loss term or the gradient is NaN or infinite. Raised before the optimizer step: the state is still good."""
+
+
+@dataclass(frozen=True)
+class LaneBatch:
+    """The micro-batch of one lane at one step: keys of the samples, images (B, 3, H, W) uint8, labels (B,)."""
+
+    step: int
+    lane: int
+    keys: Sequence[str]
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass
+class TrainState:
+    """All that training carries from step to step; saved and restored whole (`pixelgen.checkpoint`)."""
+
+    model: WithProjector
+    ema: JiT
+    optimizer: torch.optim.Optimizer
+    percept_weight: float = 1.0
+    step: int = 0
+
+    def state_dict(self) -> dict:
+        return {"model": self.model.state_dict(), "ema": self.ema.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "percept_weight": self.percept_weight, "step": self.step}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.percept_weight, self.step = state["percept_weight"], state["step"]
+
+
+def create_state(denoiser: DenoiserConfig, objective: Objective, optimizer: OptimizerConfig, seed: int,
+                 device: torch.device) -> TrainState:
+    """A fresh state; its weights depend on `seed` alone, so that every rank starts from the same."""
+    torch.manual_seed(seed)
+    model = JiT(denoiser)
+    projector, block = None, None
+    if objective.config.repa_weight:
+        assert objective.dino is not None
+        block = objective.config.repa_block
+        projector = repa_projector(denoiser.width, objective.dino.width, objective.config.repa_hidden)
+    trained = WithProjector(model, projector, block).to(device)
+    o = optimizer
+    adamw = torch.optim.AdamW(trained.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
+    return TrainState(trained, ema_copy(trained.denoiser), adamw)
+
+
+def train_step(state: TrainState, model: nn.Module, lanes: Sequence[LaneBatch], objective: Objective,
+               optimizer: OptimizerConfig, config: FitConfig) -> dict[str, float]:
+    """One optimizer step on this rank's lanes; `model` is `state.model`, wrapped for the world it runs in.
+
+    Returns the mean of every loss term over all lanes of all ranks.
+    """
+    if objective.balances_at(state.step):
+        refresh_balance(state, lanes, objective, config)
+    state.optimizer.zero_grad(set_to_none=True)
+    sums: dict[str, Tensor] = {}
+    for i, batch in enumerate(lanes):
+        with synchronised(model, last=i == len(lanes) - 1):
+            losses = lane_losses(model, state, batch, objective, config)
+            (losses.total / len(lanes)).backward()
+        for name, value in {"loss": losses.total, **losses.terms}.items():
+            sums[name] = sums.get(name, 0) + value.detach()
+    limit = math.inf if optimizer.clip is None else optimizer.clip
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), limit)
+    means = mean_over_ranks(torch.stack([*sums.values()]) / len(lanes))
+    metrics = dict(zip(sums, means.tolist(), strict=True)) | {"grad_norm": norm.item()}
+    check_finite(metrics, state.step, lanes)
+
+    state.optimizer.step()
+    ema_update(state.ema, state.model.denoiser, config.ema_decay)
+    state.step += 1
+    return metrics
+
+
+def lane_losses(model: nn.Module, state: TrainState, batch: LaneBatch, objective: Objective, config: FitConfig
+                ) -> Losses:
+    """The objective on one micro-batch. Noise, times, dropouts: the same whenever and wherever this is called."""
+    torch.manual_seed(lane_seed(config.seed, batch.step, batch.lane))
+    x = to_float(batch.images)
+    null = torch.full_like(batch.labels, state.model.denoiser.null_label)
+    draws = objective.draw(x, batch.labels, null)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        return objective(model, x, draws, state.percept_weight)
+
+
+def lane_seed(seed: int, step: int, lane: int) -> int:
+    digest = hashlib.sha256(f"{seed}/{step}/{lane}".encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
+
+
+def refresh_balance(state: TrainState, lanes: Sequence[LaneBatch], objective: Objective, config: FitConfig) -> None:
+    """w ← 0.8·w + 0.2·(mean over all lanes of the gradient balance at the output layer), the same on every rank.
+
+    The balance is found in a forward pass of its own, before the step, since all lanes' steps need the new w.
+    """
+    weights = []
+    for batch in lanes:
+        losses = lane_losses(state.model, state, batch, objective, config)
+        if not losses.perceptual.requires_grad:  # no sample passed the gate: this lane has no say
+            continue
+        weights.append(balance_weight(losses.reconstruction, losses.perceptual, state.model.denoiser.output_weight))
+    device = lanes[0].images.device
+    total = torch.stack([*weights, torch.zeros((), device=device)]).sum()
+    sums = mean_over_ranks(torch.stack([total, torch.tensor(float(len(weights)), device=device)]))
+    if sums[1] > 0:
+        state.percept_weight = 0.8 * state.percept_weight + 0.2 * (sums[0] / sums[1]).item()
+
+
+def check_finite(metrics: dict[str, float], step: int, lanes: Sequence[LaneBatch]) -> None:
+    """Every rank holds the same means, so every rank stops, each naming its own samples."""
+    if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
+        keys = {batch.lane: list(batch.keys) for batch in lanes}
+        raise NonFiniteError(f"step {step}: {', '.join(bad)} not finite; no update was made. Samples by lane: {keys}")
+
+
+def fit(state: TrainState, batches: Iterator[Sequence[LaneBatch]], objective: Objective, optimizer: OptimizerConfig,
+        config: FitConfig, on_log: Callable[[dict[str, float]], None],
+        on_checkpoint: Callable[[TrainState], None], on_grid: Callable[[TrainState], None]) -> None:
+    """Train until `config.steps`. `batches` yields this rank's lanes, beginning at `state.step`."""
+    model: nn.Module = state.model
+    if config.compile:
+        state.model.denoiser.compile()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        model = DistributedDataParallel(state.model)
+    started, first = time.perf_counter(), state.step
+    for lanes in batches:
+        assert all(b.step == state.step for b in lanes), f"batches out of step {state.step}: {[b.step for b in lanes]}"
+        metrics = train_step(state, model, lanes, objective, optimizer, config)
+        done = state.step == config.steps
+        if state.step % config.log_every == 0 or done:
+            now = time.perf_counter()
+            rate = (state.step - first) * config.batch_size / (now - started)
+            on_log({"step": state.step, **metrics, "percept_weight": state.percept_weight, "images_per_second": rate})
+            started, first = now, state.step
+        if config.grid_every and (state.step % config.grid_every == 0 or done):
+            on_grid(state)
+        if state.step % config.checkpoint_every == 0 or done:
+            on_checkpoint(state)
+        if done:
+            return
+    raise RuntimeError(f"the data ended at step {state.step} of {config.steps}")
+
+
+def synchronised(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+    """DDP averages gradients over ranks in the backward pass of the last lane only."""
+    if isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+        values = values / dist.get_world_size()
+    return values
