@@ -1,0 +1,1 @@
+"""The workflow: DVC stages over Ray around the `pixelgen` library."""

@@ -1,0 +1,84 @@
+"""Where stages run: `clusters/*.yaml`, chosen by the environment, never by params.yaml.
+
+`PIXELGEN_CLUSTER` names the file (default: local). Changing it changes no command and no parameter of a stage, so it
+reruns nothing.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.params import read_yaml
+from pixelgen.config import ConfigError, choose, load, require
+
+CLUSTERS = Path("clusters")
+
+# Ray on one machine: loopback only, quiet, quick to notice a dead worker. A value already in the environment stays.
+LOCAL_ENVIRONMENT = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # what makes Ray bind the loopback address only
+    "RAY_AUTH_MODE": "disabled",  # a private session that ends with the stage
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "60",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",  # importing torch in every worker takes its time
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Resources only: nothing here may change a result."""
+
+    address: str | None  # of a running Ray cluster, or auto; null: a private one for each stage on this machine
+    workers: int  # ranks in training, actors in sampling
+    cpus_per_worker: float
+    gpus_per_worker: float
+    threads_per_worker: int  # of torch; part of bit-exactness on the CPU
+    max_failures: int  # worker failures that training recovers from by itself
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 1 and self.threads_per_worker >= 1, "workers and threads_per_worker: at least 1")
+        require(self.cpus_per_worker >= 0 and self.gpus_per_worker >= 0, "resources must not be negative")
+        require(self.max_failures >= 0, "max_failures must not be negative")
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpus_per_worker > 0 else "cpu"
+
+    @property
+    def resources(self) -> dict[str, float]:
+        return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {})
+
+
+def read_cluster() -> Cluster:
+    name = choose(os.environ.get("PIXELGEN_CLUSTER", "local"), sorted(p.stem for p in CLUSTERS.glob("*.yaml")),
+                  "PIXELGEN_CLUSTER")
+    path = CLUSTERS / f"{name}.yaml"
+    try:
+        return load(Cluster, read_yaml(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def connect(cluster: Cluster, dashboard: bool = False) -> Any:
+    """Start or join Ray; returns a context manager that leaves it again.
+
+    What workers print stays in Ray's own logs; what fails in them is raised here. Ray Train asks the dashboard of a
+    private Ray about its controller: it needs one.
+    """
+    private = cluster.address is None
+    if private:
+        for name, value in LOCAL_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+    import ray
+
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return ray.init(address=cluster.address, include_dashboard=dashboard if private else None, log_to_driver=False,
+                    logging_level=logging.ERROR, configure_logging=True,
+                    runtime_env={"env_vars": {"PYTHONPATH": str(Path.cwd())}} if private else None)

@@ -1,0 +1,54 @@
+"""Handwritten digits that come with scikit-learn: 1,797 real grey images of 8×8 pixels in 10 classes.
+
+Three disjoint splits, fixed, with like numbers of each class. `train` is for the generator and the networks in
+its loss, `heldout` for what real images score, `judge` only for the classifier that scores, and in no shard.
+"""
+
+import functools
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from pipeline.datasets import Item
+from pipeline.params import DatasetParams
+from pixelgen.images import adm_crop
+
+CLASSES = [str(digit) for digit in range(10)]
+PARTS = {"train": slice(95), "judge": slice(95, 150), "heldout": slice(150, None)}  # of each class, shuffled
+
+
+def listing(params: DatasetParams) -> tuple[list[str], list[Item]]:
+    return CLASSES, [Item(f"digits/{index:04}", int(bundled()[1][index]), split)
+                     for split in ("train", "heldout") for index in members(split)]
+
+
+def load(params: DatasetParams, item: Item) -> Image.Image:
+    return image(int(item.key.removeprefix("digits/")))
+
+
+def digits(split: Literal["train", "judge", "heldout"], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """A split as images (N, size, size, 3) uint8 and labels (N,): the very pixels that its shards hold."""
+    chosen = members(split)
+    return np.stack([adm_crop(image(index), size) for index in chosen]), bundled()[1][chosen]
+
+
+def image(index: int) -> Image.Image:
+    """One digit, 8×8, RGB."""
+    return Image.fromarray(np.round(bundled()[0][index] * (255 / 16)).astype(np.uint8)).convert("RGB")
+
+
+def members(split: str) -> np.ndarray:
+    """The indices of a split, ascending."""
+    random = np.random.RandomState(0)  # its stream never changes
+    shuffled = [random.permutation(np.flatnonzero(bundled()[1] == label)) for label in range(len(CLASSES))]
+    return np.sort(np.concatenate([indices[PARTS[split]] for indices in shuffled]))
+
+
+@functools.cache
+def bundled() -> tuple[np.ndarray, np.ndarray]:
+    """Images (1797, 8, 8) with values 0 to 16, labels (1797,)."""
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+
+    data = load_digits()
+    return data.images, data.target

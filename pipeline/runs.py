@@ -1,0 +1,105 @@
+"""Run directories: state that outlives a crash, outside DVC's outs (which DVC deletes before every run).
+
+`runs/<stage>@<key>/<fingerprint>`: the fingerprint covers parameters, inputs and code, so that a changed run starts
+afresh and an interrupted one goes on where it was.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from pipeline.params import fingerprint, read_yaml
+from pipeline.storage import StorageError, sha256
+from pixelgen.config import ConfigError
+
+RUNS = Path("runs")
+
+
+def run_directory(stage: str, key: str, *parts: Any) -> Path:
+    """The directory of `stage@key` for these parameters and inputs, and for the code that dvc.yaml lists."""
+    path = RUNS / f"{stage}@{key}" / fingerprint([*parts, code_hash(stage)])
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def code_hash(stage: str) -> str:
+    """Hash of the Python files among the stage's deps in dvc.yaml, the one list of what a stage is made of."""
+    described = read_yaml(Path("dvc.yaml"))["stages"][stage]
+    deps = described.get("do", described)["deps"]
+    digest = hashlib.sha256()
+    for root in sorted(Path(d) for d in deps if str(d).startswith(("pixelgen", "pipeline"))):
+        for path in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
+            digest.update(f"{path} {sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def lease(path: Path, patience: float) -> Iterator[None]:
+    """Hold `path` for this process alone; the kernel lets go when the process dies, however it dies.
+
+    A stage whose dvc was killed runs on as an orphan: it is stopped, and this one takes over. Anyone else who holds
+    the lease for longer than `patience` seconds makes this a StorageError.
+    """
+    file = open(path, "a+")  # noqa: SIM115 -- it is the lock, held until this block ends
+    deadline = time.monotonic() + patience
+    while not _try_lock(file):
+        file.seek(0)
+        holder = int(file.read() or 0)
+        if _is_orphan(holder):
+            print(f"stopping process {holder}, left over from an interrupted run", file=sys.stderr)
+            _stop(holder)
+        elif time.monotonic() > deadline:
+            raise StorageError(f"{path.parent} is in use by process {holder}: wait for it, or stop it, and try again")
+        time.sleep(0.2)
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    try:
+        yield
+    finally:
+        file.close()
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_orphan(pid: int) -> bool:
+    """Whether a stage's parent, the shell that dvc started it in, has lost its own parent (or is itself gone)."""
+    try:
+        parents = psutil.Process(pid).parents()
+    except psutil.NoSuchProcess:
+        return False
+    return len(parents) < 2 or (parents[1].pid == 1 and parents[0].name() in ("sh", "bash", "dash"))
+
+
+def _stop(pid: int) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(20)
+        except psutil.TimeoutExpired:
+            process.kill()
+            process.wait(20)
+
+
+def run_stage(main: Callable[[], None]) -> None:
+    """Run a stage's main; a mistake of the user ends it with one clear line instead of a traceback."""
+    try:
+        main()
+    except (ConfigError, StorageError, ValueError) as error:
+        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")

@@ -1,0 +1,249 @@
+"""train: a denoiser on a sharded dataset, under Ray Train; resumes from the last checkpoint of the same run."""
+
+import csv
+import shutil
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from pipeline.batches import Plan, lane_batches, open_split
+from pipeline.cluster import Cluster, connect, read_cluster
+from pipeline.params import TrainParams, read_params, stage_params
+from pipeline.runs import lease, run_directory, run_stage
+from pipeline.storage import MANIFEST, fresh_directory, publish, read_manifest, sha256, write_atomic
+from pixelgen.checkpoint import export, load_state, read_state, save_state
+from pixelgen.config import ConfigError, ObjectiveConfig, require
+from pixelgen.encoders.dino import load_dino
+from pixelgen.encoders.lpips import load_lpips
+from pixelgen.generate import PixelGen
+from pixelgen.images import grid
+from pixelgen.objective import Objective
+from pixelgen.train import NonFiniteError, TrainState, create_state, fit
+
+WEIGHTS, DATA, OUT = Path("out/weights"), Path("out/shard"), Path("out/train")
+GRID_COLUMNS, GRID_IMAGES = 10, 50
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a rank needs to know, passed to every worker."""
+
+    params: TrainParams
+    data: Path
+    weights: Path
+    directory: Path
+    cluster: Cluster
+
+    @property
+    def final(self) -> Path:
+        return self.checkpoint(self.params.fit.steps)
+
+    def checkpoint(self, step: int) -> Path:
+        return self.directory / "checkpoints" / f"step-{step:08d}.pt"
+
+    def checkpoints(self) -> list[Path]:
+        """Finished checkpoints, oldest first."""
+        return sorted((self.directory / "checkpoints").glob("step-*.pt"))
+
+
+def main() -> None:
+    key = sys.argv[1]
+    params = stage_params(read_params().train, key, "train")
+    run = prepare(key, params, read_cluster())
+    with lease(run.directory / "driver.lease", patience=5):
+        if not run.final.exists():
+            train(run)
+        write_outputs(run, OUT / key)
+
+
+def prepare(key: str, params: TrainParams, cluster: Cluster) -> Run:
+    """Everything that can be wrong before work starts is found here."""
+    data, weights = DATA / params.dataset, WEIGHTS
+    dataset = read_manifest(data, "dataset")
+    read_manifest(weights, "weights")
+    require(params.fit.lanes % cluster.workers == 0, f"fit.lanes {params.fit.lanes} cannot be shared out evenly among "
+            f"{cluster.workers} workers (clusters/*.yaml)")
+    require(len(dataset["classes"]) <= params.denoiser.num_classes, f"denoiser.num_classes "
+            f"{params.denoiser.num_classes}: dataset {params.dataset} has {len(dataset['classes'])} classes")
+    plan_of(params, data).check()
+    directory = run_directory("train", key, params, sha256(data / MANIFEST), sha256(weights / MANIFEST))
+    (directory / "checkpoints").mkdir(exist_ok=True)
+    return Run(params, data.resolve(), weights.resolve(), directory.resolve(), cluster)
+
+
+def plan_of(params: TrainParams, data: Path) -> Plan:
+    return Plan(open_split(data, "train"), params.fit.seed, params.fit.batch_size, params.fit.lanes)
+
+
+def train(run: Run) -> None:
+    """Run `train_rank` on every worker of the cluster until the last step is in a checkpoint."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    failure = run.directory / "failure.txt"
+    failure.unlink(missing_ok=True)
+    shutil.rmtree(run.directory / "ray", ignore_errors=True)
+    cluster = run.cluster
+    with connect(cluster, dashboard=True), Progress(run):
+        TorchTrainer(
+            train_rank, train_loop_config={"run": run},
+            torch_config=TorchConfig(backend="nccl" if cluster.device == "cuda" else "gloo"),
+            scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=cluster.device == "cuda",
+                                         resources_per_worker=cluster.resources),
+            run_config=RunConfig(name="train", storage_path=str(run.directory / "ray"),
+                                 failure_config=FailureConfig(max_failures=cluster.max_failures))).fit()
+    if failure.exists():
+        raise ConfigError(failure.read_text())
+
+
+def train_rank(config: dict[str, Run]) -> None:
+    """One rank: restore or create the state, then fit."""
+    from ray.train import get_context
+    from ray.train.torch import get_device
+
+    run = config["run"]
+    params, rank, world = run.params, get_context().get_world_rank(), get_context().get_world_size()
+    torch.set_num_threads(run.cluster.threads_per_worker)
+    device = get_device()
+    if device.type != run.cluster.device:
+        raise RuntimeError(f"the cluster file promises {run.cluster.device}, this worker has {device}")
+    lanes = range(rank * params.fit.lanes // world, (rank + 1) * params.fit.lanes // world)
+    objective = build_objective(params, run.weights, device)
+    state = create_state(params.denoiser.resolve(), objective, params.optimizer, params.fit.seed, device)
+    if rank == 0:
+        with lease(run.directory / "writer.lease", patience=120):  # a killed run's rank 0 may take seconds to die
+            fit_rank(run, state, objective, lanes, device, writes=True)
+    else:
+        fit_rank(run, state, objective, lanes, device, writes=False)
+
+
+def fit_rank(run: Run, state: TrainState, objective: Objective, lanes: range, device: torch.device, writes: bool
+             ) -> None:
+    params = run.params
+    newest = [max(run.checkpoints(), default=None)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(newest)  # rank 0 decides, once it holds the lease
+    if newest[0] is not None:
+        load_state(state, newest[0])
+    batches = lane_batches(plan_of(params, run.data), lanes, state.step, params.fit.steps, device)
+    curve = Curve(run.directory / "curve.csv", state.step) if writes else None
+
+    def checkpoint(state: TrainState) -> None:
+        save_state(state, run.checkpoint(state.step))
+        for old in run.checkpoints()[:-params.fit.keep_checkpoints]:
+            old.unlink()
+
+    try:
+        fit(state, batches, objective, params.optimizer, params.fit,
+            on_log=curve.append if curve else ignore,
+            on_checkpoint=checkpoint if writes else ignore,
+            on_grid=(lambda s: draw_grid(run, s)) if writes else ignore)
+    except NonFiniteError as error:  # would come back after every restart: stop for good
+        if writes:
+            write_atomic(run.directory / "failure.txt", f"{error}. The state before it is kept in "
+                         f"{run.directory / 'checkpoints'}".encode())
+
+
+def ignore(_: object) -> None:
+    """What ranks other than 0 do with results."""
+
+
+def build_objective(params: TrainParams, weights: Path, device: torch.device) -> Objective:
+    """The objective with the frozen networks that its weights call for."""
+    o, d = params.objective, params.denoiser.resolve()
+    dino = load_dino(weights / "dino", d.image_size // d.patch_size).to(device) if uses_dino(o) else None
+    lpips = load_lpips(weights / "lpips").to(device) if o.lpips_weight else None
+    return Objective(o, d.patch_size, dino, lpips)
+
+
+def uses_dino(objective: ObjectiveConfig) -> bool:
+    return objective.repa_weight > 0 or objective.pdino_weight > 0
+
+
+class Curve:
+    """The loss curve as CSV, cut at the step from which training goes on, so that no step is in it twice."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        if path.exists():
+            header, *lines = path.read_text().splitlines()
+            kept = [header, *(line for line in lines if int(line.split(",")[0]) <= step)]
+            write_atomic(path, ("\n".join(kept) + "\n").encode())
+
+    def append(self, metrics: dict[str, float]) -> None:
+        new = not self.path.exists()
+        with open(self.path, "a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(metrics)
+            writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in metrics.values()])
+
+
+def draw_grid(run: Run, state: TrainState) -> None:
+    """A few images of the averaged weights, always of the same classes and seeds, so that one can watch it learn."""
+    params = run.params
+    labels = [i % params.denoiser.num_classes for i in range(GRID_IMAGES)]
+    images = PixelGen(state.ema, params.fit.precision).generate(labels, range(GRID_IMAGES), params.grid_sampler)
+    (run.directory / "grids").mkdir(exist_ok=True)
+    grid(images, GRID_COLUMNS).save(run.directory / "grids" / f"step-{state.step:08d}.png")
+
+
+class Progress:
+    """A progress bar in the driver, read from the loss curve that rank 0 writes."""
+
+    def __init__(self, run: Run):
+        self.run, self.done = run, threading.Event()
+        self.thread = threading.Thread(target=self.follow, daemon=True)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+    def follow(self) -> None:
+        path, total = self.run.directory / "curve.csv", self.run.params.fit.steps
+        with tqdm(total=total, desc="train", unit="step", mininterval=1) as bar:
+            while not self.done.wait(1):
+                self.show(path, bar)
+            self.show(path, bar)
+
+    @staticmethod
+    def show(path: Path, bar: tqdm) -> None:
+        if not path.exists():
+            return
+        with open(path) as file:
+            rows = list(csv.DictReader(file))
+        if rows and None not in rows[-1].values() and int(rows[-1]["step"]) > bar.n:
+            last = rows[-1]
+            if bar.n == 0:
+                bar.initial, bar.start_t = int(last["step"]), time.time()
+            bar.set_postfix(loss=last["loss"], img_s=last["images_per_second"], refresh=False)
+            bar.update(int(last["step"]) - bar.n)
+
+
+def write_outputs(run: Run, out: Path) -> None:
+    """The trained model, its curve and its grids, as DVC outs."""
+    state = read_state(run.final)
+    prefix = "denoiser."
+    raw = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
+    model = fresh_directory(out) / "model"
+    export(model, run.params.denoiser.resolve(), state["ema"], raw)
+    publish(model, "model", run.params, steps=state["step"])
+    shutil.copyfile(run.directory / "curve.csv", out / "curve.csv")
+    (out / "grids").mkdir()
+    for path in sorted((run.directory / "grids").glob("*.png")):
+        shutil.copyfile(path, out / "grids" / path.name)
+
+
+if __name__ == "__main__":
+    from pipeline.stages.train import main as imported  # by name, so that Ray's workers import what they run
+
+    run_stage(imported)
