@@ -77,8 +77,15 @@ def connect(cluster: Cluster, dashboard: bool = False) -> Any:
             os.environ.setdefault(name, value)
     import ray
 
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     return ray.init(address=cluster.address, include_dashboard=dashboard if private else None, log_to_driver=False,
                     logging_level=logging.ERROR, configure_logging=True,
                     runtime_env={"env_vars": {"PYTHONPATH": str(Path.cwd())}} if private else None)
+
+
+def ray_data() -> Any:
+    """Ray Data without its running commentary."""
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # importing it has set another level
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    return ray.data

@@ -123,12 +123,12 @@ class SampleParams:
     sampler: SamplerConfig
     per_class: int
     seed: int  # image i has the seed SEED + i
-    batch_size: int
+    part_size: int  # images in one unit of work and of resumption; no result depends on it
     precision: Literal["fp32", "bf16"]
     compile: bool
 
     def __post_init__(self) -> None:
-        require(self.per_class >= 1 and self.batch_size >= 1, "per_class and batch_size must be at least 1")
+        require(self.per_class >= 1 and self.part_size >= 1, "per_class and part_size must be at least 1")
 
 
 @dataclass(frozen=True)

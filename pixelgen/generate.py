@@ -40,21 +40,36 @@ class PixelGen:
             denoiser.compile()
         return cls(denoiser, precision)
 
-    @torch.no_grad()
     def generate(self, labels: Sequence[int], seeds: Sequence[int], sampler: SamplerConfig = SamplerConfig(),
-                 callback: Callback | None = None) -> np.ndarray:
+                 batch_size: int | None = None, callback: Callback | None = None) -> np.ndarray:
         """One image for each label and seed -> (N, H, W, 3) uint8.
 
-        An image depends on its own label and seed only. All are computed as one batch: its size is the memory.
+        An image depends on its own label and seed only, up to the last bit of a few pixels: matrix products of other
+        sizes round differently. With a `batch_size`, the network always sees exactly that many samples (the last
+        batch is filled up), and an image has the same bytes whatever is asked for beside it. None: one batch of all.
         """
         classes = self.denoiser.config.num_classes
         if len(labels) != len(seeds):
             raise ValueError(f"{len(labels)} labels, but {len(seeds)} seeds: one seed for each image")
+        if not labels:
+            raise ValueError("no labels: nothing to draw")
         if wrong := sorted({y for y in labels if not 0 <= y < classes}):
             raise ValueError(f"labels {wrong} are outside 0 to {classes - 1}")
+        size = batch_size or len(labels)
+        parts = []
+        for start in range(0, len(labels), size):
+            chosen = range(start, min(start + size, len(labels)))
+            filled = [*chosen, *[chosen[-1]] * (size - len(chosen))]
+            drawn = self._draw([labels[i] for i in filled], [seeds[i] for i in filled], sampler, callback)
+            parts.append(drawn[:len(chosen)])
+        return np.concatenate(parts)
+
+    @torch.no_grad()
+    def _draw(self, labels: list[int], seeds: list[int], sampler: SamplerConfig, callback: Callback | None
+              ) -> np.ndarray:
         device = self.denoiser.output_weight.device
         noise = self.noise(seeds).to(device)
-        y = torch.tensor(list(labels), device=device)
+        y = torch.tensor(labels, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             x = sample(lambda x, t, y: self.denoiser(x, t, y)[0].float(), noise, y,
                        torch.full_like(y, self.denoiser.null_label), sampler, callback)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pipeline.cluster import Cluster, connect, read_cluster
+from pipeline.cluster import Cluster, connect, ray_data, read_cluster
 from pipeline.params import SampleParams, read_params, stage_params
 from pipeline.runs import lease, run_directory, run_stage
 from pipeline.storage import MANIFEST, fresh_directory, publish, read_manifest, sha256
@@ -19,11 +19,12 @@ from pixelgen.images import grid
 MODELS, OUT = Path("out/train"), Path("out/sample")
 SHUFFLE_SEED = 0  # of the order in samples.npz; sorted by class, a split of the Inception Score would see few
 GRID_COLUMNS, GRID_ROWS = 10, 10
+COMPUTED = 32  # samples that the network always sees at once: no byte depends on the size of a part
 
 
 @dataclass(frozen=True)
 class Part:
-    """One batch of images, the unit of work and of resumption."""
+    """Some images, the unit of work and of resumption."""
 
     path: str
     labels: list[int]
@@ -48,21 +49,19 @@ def main() -> None:
 def plan_parts(params: SampleParams, classes: int, directory: Path) -> list[Part]:
     """Image i has class i modulo the number of classes and seed SEED + i, whatever the size of the parts."""
     total = params.per_class * classes
-    numbers = [range(i, min(i + params.batch_size, total)) for i in range(0, total, params.batch_size)]
+    numbers = [range(i, min(i + params.part_size, total)) for i in range(0, total, params.part_size)]
     return [Part(str(directory / f"part-{n:06d}.npy"), [i % classes for i in r], [params.seed + i for i in r])
             for n, r in enumerate(numbers)]
 
 
 def draw(parts: list[Part], params: SampleParams, model: Path, cluster: Cluster) -> None:
     """Let every actor draw the parts it is given, each written atomically."""
-    import ray
-
     with connect(cluster):
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        work = ray.data.from_items([vars(p) for p in parts], override_num_blocks=len(parts))
+        data = ray_data()
+        work = data.from_items([vars(p) for p in parts], override_num_blocks=len(parts))
         done = work.map_batches(
             Artist, fn_constructor_args=(params, model, cluster), batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=cluster.workers),
+            compute=data.ActorPoolStrategy(size=cluster.workers),
             num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)
         for _ in tqdm(done.iter_rows(), desc="sample", unit="part", total=len(parts)):
             pass
@@ -78,7 +77,7 @@ class Artist:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         (path,), (labels,), (seeds,) = batch["path"], batch["labels"], batch["seeds"]
-        images = self.model.generate([int(y) for y in labels], [int(s) for s in seeds], self.sampler)
+        images = self.model.generate([int(y) for y in labels], [int(s) for s in seeds], self.sampler, COMPUTED)
         partial = Path(path).with_suffix(".partial")
         with open(partial, "wb") as file:
             np.save(file, images)

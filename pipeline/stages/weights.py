@@ -56,7 +56,8 @@ class File:
 DINO = File("https://huggingface.co/timm/vit_base_patch14_dinov2.lvd142m/resolve/"
             "1dc7cda4727a9f4baa37f3ef407928dd642d0149/model.safetensors", None)
 VGG = File("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")
-INCEPTION = File(f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{inception.FILE}", inception.SHA256)
+INCEPTION = File("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/" + inception.FILE,
+                 inception.SHA256)
 
 
 def write_published(out: Path, directory: str | None) -> dict:
