@@ -7,6 +7,8 @@ windows of `WINDOW` steps. Nothing depends on how many ranks there are or where 
 beyond the last whole step sit out one epoch, other ones each time.
 """
 
+from __future__ import annotations
+
 import functools
 import io
 import itertools
@@ -14,15 +16,19 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
-import torch
 from PIL import Image
 
 from pipeline.storage import StorageError, read_manifest
-from pixelgen.train import LaneBatch
+
+if TYPE_CHECKING:  # torch is not for the processes that only read shards: importing it takes them seconds
+    import torch
+
+    from pixelgen.train import LaneBatch
 
 SCHEMA = pa.schema([("key", pa.string()), ("image", pa.binary()), ("label", pa.int32())])
 WINDOW = 16  # steps whose rows are read and shuffled together
@@ -175,6 +181,10 @@ def lane_batches(plan: Plan, lanes: Sequence[int], start: int, stop: int, device
 
 
 def _lane_batch(columns: dict[str, np.ndarray], device: torch.device) -> LaneBatch:
+    import torch
+
+    from pixelgen.train import LaneBatch
+
     images = torch.from_numpy(columns["image"].copy()).permute(0, 3, 1, 2).contiguous().to(device)
     labels = torch.from_numpy(columns["label"].copy()).long().to(device)
     return LaneBatch(int(columns["step"][0]), int(columns["lane"][0]), columns["key"].tolist(), images, labels)
