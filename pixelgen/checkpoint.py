@@ -15,12 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pixelgen.config import ConfigError, DenoiserConfig, load
-from pixelgen.models import SIZES
+from pixelgen.config import ConfigError, DenoiserConfig, TextDenoiserConfig, choose, load
+from pixelgen.models import KINDS, SIZES, build_denoiser
 from pixelgen.models.jit import JiT
+from pixelgen.models.jit_t2i import JiTText
 from pixelgen.train import TrainState
 
 Weights = dict[str, Tensor]
+Config = DenoiserConfig | TextDenoiserConfig
 
 
 class CheckpointError(ValueError):
@@ -53,46 +55,43 @@ def read_state(path: Path) -> Any:
 # --------------------------------------------------------------------------------------------- exported models
 
 
-def export(directory: Path, config: DenoiserConfig, ema: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> None:
+def export(directory: Path, config: Config, ema: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> None:
     """Write `config.json`, `ema.safetensors` and `raw.safetensors` into `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"denoiser": "jit", "config": dataclasses.asdict(config)}, indent=2)
+    kind = next(name for name, cls in KINDS.items() if isinstance(config, cls))
+    text = json.dumps({"denoiser": kind, "config": dataclasses.asdict(config)}, indent=2)
     (directory / "config.json").write_text(text + "\n")
     for name, weights in (("ema", ema), ("raw", raw)):
         save_file({k: v.detach().float().cpu().contiguous() for k, v in weights.items()},
                   directory / f"{name}.safetensors")
 
 
-def read_config(directory: Path) -> DenoiserConfig:
+def read_config(directory: Path) -> Config:
     """The architecture of an exported model."""
     path = directory / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{directory}: not an exported model: there is no config.json. `pixelgen convert` makes "
                               "one from a published .ckpt; training writes one when it ends")
     described = json.loads(path.read_text())
-    if described.get("denoiser") != "jit":
-        raise CheckpointError(f"{path}: denoiser {described.get('denoiser')!r} is not known; valid: 'jit'")
-    return load(DenoiserConfig, described["config"], "config")
+    kind = choose(str(described.get("denoiser")), list(KINDS), f"{path}: denoiser")
+    return load(KINDS[kind], described["config"], f"{path}: config")
 
 
-def load_denoiser(directory: Path, weights: str = "ema") -> JiT:
+def load_denoiser(directory: Path, weights: str = "ema") -> JiT | JiTText:
     """The exported model of `directory`, in eval mode on the CPU. `weights`: ema or raw."""
     config = read_config(directory)
     file = directory / f"{weights}.safetensors"
-    return build_denoiser(config, load_file(file), str(file)).eval().requires_grad_(False)
+    state = load_file(file)
+    check_weights(config, state, str(file))
+    model = build_denoiser(config)
+    model.load_state_dict(state)
+    return model.eval().requires_grad_(False)
 
 
-def build_denoiser(config: DenoiserConfig, weights: Weights, source: str) -> JiT:
-    """A denoiser that holds exactly `weights`; missing, extra and misshaped entries are listed in one error."""
-    check_weights(config, weights, source)
-    model = JiT(config)
-    model.load_state_dict(weights)
-    return model
-
-
-def check_weights(config: DenoiserConfig, weights: Weights, source: str) -> None:
+def check_weights(config: Config, weights: Weights, source: str) -> None:
+    """CheckpointError that lists every missing, extra and misshaped entry, unless `weights` fit `config` exactly."""
     with torch.device("meta"):
-        expected = {k: tuple(v.shape) for k, v in JiT(config).state_dict().items()}
+        expected = {k: tuple(v.shape) for k, v in build_denoiser(config).state_dict().items()}
     missing = sorted(expected.keys() - weights.keys())
     extra = sorted(weights.keys() - expected.keys())
     misshaped = [f"{k}: {tuple(weights[k].shape)} instead of {expected[k]}"
@@ -106,7 +105,7 @@ def check_weights(config: DenoiserConfig, weights: Weights, source: str) -> None
 # ------------------------------------------------------------------------------------ the published checkpoints
 
 
-def read_published(path: Path, in_context_start: int | None = None) -> tuple[DenoiserConfig, Weights, Weights]:
+def read_published(path: Path, in_context_start: int | None = None) -> tuple[Config, Weights, Weights]:
     """Read a Lightning `.ckpt` of the reference implementation -> architecture, EMA weights, raw weights.
 
     The file holds `denoiser.*`, `ema_denoiser.*` and the REPA head `diffusion_trainer.proj.*`, which no longer
@@ -137,26 +136,36 @@ def read_published(path: Path, in_context_start: int | None = None) -> tuple[Den
     return config, groups["ema_denoiser"], groups["denoiser"]
 
 
-def infer_config(weights: Weights, source: str, in_context_start: int | None = None) -> DenoiserConfig:
+def infer_config(weights: Weights, source: str, in_context_start: int | None = None) -> Config:
     """The architecture whose weights these are, read off their shapes."""
     def shape(key: str) -> torch.Size:
         if key not in weights:
-            raise CheckpointError(f"{source}: not a class-conditional denoiser: {key} is missing")
+            raise CheckpointError(f"{source}: not a denoiser: {key} is missing")
         return weights[key].shape
 
-    proj = shape("x_embedder.proj1.weight")
-    patch, width = proj[-1], shape("blocks.0.norm1.weight")[0]
-    depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
-    known = [s for s in SIZES.values() if (s["width"], s["depth"], s["patch_size"]) == (width, depth, patch)]
-    if in_context_start is None:
-        if not known:
-            raise CheckpointError(f"{source}: width {width}, depth {depth}, patch {patch} is no named size, so the "
-                                  "block at which the in-context tokens enter is unknown: give in_context_start")
-        in_context_start = int(known[0]["in_context_start"])
+    def count(prefix: str) -> int:
+        return len({k.split(".")[1] for k in weights if k.startswith(f"{prefix}.")})
+
     try:
+        proj, width, depth = shape("x_embedder.proj1.weight"), shape("blocks.0.norm1.weight")[0], count("blocks")
+        heads = width // shape("blocks.0.attn.q_norm.weight")[0]
+        grid = round(shape("pos_embed")[1] ** 0.5)
+        if "y_pos_embedding" in weights:
+            patch = round((proj[1] / 3) ** 0.5)
+            return TextDenoiserConfig(
+                image_size=grid * patch, patch_size=patch, width=width, depth=depth, heads=heads, bottleneck=proj[0],
+                text_depth=count("text_refine_blocks"), text_width=shape("y_embedder.proj.weight")[1],
+                text_length=shape("y_pos_embedding")[1])
+        patch = proj[-1]
+        known = [s for s in SIZES.values() if (s["width"], s["depth"], s["patch_size"]) == (width, depth, patch)]
+        if in_context_start is None:
+            if not known:
+                raise CheckpointError(f"{source}: width {width}, depth {depth}, patch {patch} is no named size, so "
+                                      "the block at which the in-context tokens enter is unknown: give "
+                                      "in_context_start")
+            in_context_start = int(known[0]["in_context_start"])
         return DenoiserConfig(
-            image_size=round(shape("pos_embed")[1] ** 0.5) * patch, patch_size=patch, width=width, depth=depth,
-            heads=width // shape("blocks.0.attn.q_norm.weight")[0],
+            image_size=grid * patch, patch_size=patch, width=width, depth=depth, heads=heads,
             bottleneck=proj[0] if "x_embedder.proj2.weight" in weights else None,
             in_context_start=in_context_start, in_context_len=shape("in_context_posemb")[1],
             dropout=0.0, num_classes=shape("y_embedder.embedding_table.weight")[0] - 1)

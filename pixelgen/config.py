@@ -120,6 +120,27 @@ class DenoiserConfig:
         require(self.num_classes >= 1, f"num_classes {self.num_classes} must be at least 1")
 
 
+@dataclass(frozen=True)
+class TextDenoiserConfig:
+    """Architecture of the text-conditional denoiser (`pixelgen.models.jit_t2i.JiTText`)."""
+
+    image_size: int  # pixels on a side
+    patch_size: int
+    width: int
+    depth: int  # image blocks
+    text_depth: int  # text blocks
+    heads: int
+    bottleneck: int  # channels between the two linear layers of the patch embedding
+    text_width: int  # of the text encoder's features
+    text_length: int  # tokens
+
+    def __post_init__(self) -> None:
+        require(self.image_size % self.patch_size == 0,
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        require(self.width % self.heads == 0 and self.width // self.heads % 4 == 0,
+                f"width {self.width} over {self.heads} heads: the head size must be a multiple of 4 (2-D rotary)")
+
+
 # --------------------------------------------------------------------------------------------- the objective
 
 

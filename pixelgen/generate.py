@@ -35,10 +35,12 @@ class PixelGen:
             from huggingface_hub import snapshot_download
 
             directory = Path(snapshot_download(str(source), allow_patterns=["config.json", "*.safetensors"]))
-        denoiser = load_denoiser(directory, weights).to(device)
+        denoiser = load_denoiser(directory, weights)
+        if not isinstance(denoiser, JiT):
+            raise ValueError(f"{directory} is text-conditional; this class draws class-conditional models only")
         if compile:
             denoiser.compile()
-        return cls(denoiser, precision)
+        return cls(denoiser.to(device), precision)
 
     def generate(self, labels: Sequence[int], seeds: Sequence[int], sampler: SamplerConfig = SamplerConfig(),
                  batch_size: int | None = None, callback: Callback | None = None) -> np.ndarray:

@@ -12,7 +12,6 @@ from pipeline.cluster import Cluster, connect, ray_data, read_cluster
 from pipeline.params import SampleParams, read_params, stage_params
 from pipeline.runs import lease, run_directory, run_stage
 from pipeline.storage import MANIFEST, fresh_directory, publish, read_manifest, sha256
-from pixelgen.checkpoint import read_config
 from pixelgen.generate import PixelGen
 from pixelgen.images import grid
 
@@ -36,7 +35,7 @@ def main() -> None:
     params, cluster = stage_params(read_params().sample, key, "sample"), read_cluster()
     model = MODELS / params.model / "model"
     read_manifest(model, "model")
-    classes = read_config(model).num_classes
+    classes = read_params().train[params.model].denoiser.num_classes
     directory = run_directory("sample", key, params, sha256(model / MANIFEST)).resolve()
     parts = plan_parts(params, classes, directory)
     with lease(directory / "driver.lease", patience=5):

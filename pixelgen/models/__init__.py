@@ -1,6 +1,14 @@
-"""The denoisers and their named sizes."""
+"""The denoisers and their named sizes. Importing this does not import torch."""
 
-from pixelgen.config import DenoiserConfig, choose
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pixelgen.config import DenoiserConfig, TextDenoiserConfig, choose
+
+if TYPE_CHECKING:
+    from pixelgen.models.jit import JiT
+    from pixelgen.models.jit_t2i import JiTText
 
 SIZES: dict[str, dict] = {
     "L/16": dict(patch_size=16, width=1024, depth=24, heads=16, bottleneck=128, in_context_start=8,
@@ -10,9 +18,31 @@ SIZES: dict[str, dict] = {
     "demo/16": dict(patch_size=16, width=192, depth=6, heads=6, bottleneck=64, in_context_start=2,
                     in_context_len=4),
 }
+TEXT_SIZES: dict[str, dict] = {
+    "XXL/16": dict(patch_size=16, width=1536, depth=16, text_depth=4, heads=24, bottleneck=256, text_width=2048,
+                   text_length=128),
+}
+KINDS: dict[str, type] = {"jit": DenoiserConfig, "jit_t2i": TextDenoiserConfig}  # as named in exported models
 
 
 def denoiser_config(size: str, image_size: int, num_classes: int, dropout: float) -> DenoiserConfig:
     """The architecture of a named size at an image size. ConfigError for an unknown name or an impossible fit."""
     choose(size, list(SIZES), "denoiser size")
     return DenoiserConfig(image_size=image_size, num_classes=num_classes, dropout=dropout, **SIZES[size])
+
+
+def text_denoiser_config(size: str, image_size: int) -> TextDenoiserConfig:
+    """The text-conditional architecture of a named size at an image size."""
+    choose(size, list(TEXT_SIZES), "denoiser size")
+    return TextDenoiserConfig(image_size=image_size, **TEXT_SIZES[size])
+
+
+def build_denoiser(config: DenoiserConfig | TextDenoiserConfig) -> JiT | JiTText:
+    """A freshly initialised denoiser of this architecture."""
+    if isinstance(config, TextDenoiserConfig):
+        from pixelgen.models.jit_t2i import JiTText
+
+        return JiTText(config)
+    from pixelgen.models.jit import JiT
+
+    return JiT(config)
