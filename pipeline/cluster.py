@@ -25,6 +25,7 @@ LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "60",
+    "RAY_idle_worker_killing_time_threshold_ms": "600000",  # or every task that reads ahead starts a process anew
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",  # importing torch in every worker takes its time
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
