@@ -49,24 +49,22 @@ def lease(path: Path, patience: float) -> Iterator[None]:
     A stage whose dvc was killed runs on as an orphan: it is stopped, and this one takes over. Anyone else who holds
     the lease for longer than `patience` seconds makes this a StorageError.
     """
-    file = open(path, "a+")  # noqa: SIM115 -- it is the lock, held until this block ends
     deadline = time.monotonic() + patience
-    while not _try_lock(file):
-        file.seek(0)
-        holder = int(file.read() or 0)
-        if _is_orphan(holder):
-            print(f"stopping process {holder}, left over from an interrupted run", file=sys.stderr)
-            _stop(holder)
-        elif time.monotonic() > deadline:
-            raise StorageError(f"{path.parent} is in use by process {holder}: wait for it, or stop it, and try again")
-        time.sleep(0.2)
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    try:
+    with open(path, "a+") as file:
+        while not _try_lock(file):
+            file.seek(0)
+            holder = int(file.read() or 0)
+            if _is_orphan(holder):
+                print(f"stopping process {holder}, left over from an interrupted run", file=sys.stderr)
+                _stop(holder)
+            elif time.monotonic() > deadline:
+                raise StorageError(f"{path.parent} is in use by process {holder}: wait for it, or stop it, and try "
+                                   "again")
+            time.sleep(0.2)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
         yield
-    finally:
-        file.close()
 
 
 def _try_lock(file: IO[str]) -> bool:

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from PIL import Image
 
 from pipeline.batches import SCHEMA
-from pipeline.cluster import Cluster, connect, read_cluster
+from pipeline.cluster import Cluster, connect, ray_data, read_cluster
 from pipeline.datasets import DatasetError, Item, Rejected, Source, digits, image_folder
 from pipeline.params import DatasetParams, read_params, stage_params
 from pipeline.runs import lease, run_directory, run_stage
@@ -60,7 +60,7 @@ def main() -> None:
                 break
         lines = [json.dumps({"key": k, "reason": reason}) + "\n" for k, reason in sorted(rejected)]
         write_atomic(run / QUARANTINE, "".join(lines).encode())
-        hint = f"replace or remove these files, all in {run / QUARANTINE}:\n{''.join(lines[:3])}"
+        hint = f"replace or remove these files, more in {run / QUARANTINE}:\n{''.join(lines[:3])}"
         if len(rejected) > params.max_quarantined * len(items):
             raise DatasetError(f"{len(rejected)} of {len(items)} items cannot be used, a larger share than "
                                f"max_quarantined {params.max_quarantined}; raise it, or {hint}")
@@ -104,10 +104,7 @@ def write_missing(shards: dict[str, list[Item]], params: DatasetParams, cluster:
         raise StorageError(f"{directory}: make room on this disk; about {need / 1e9:.1f} GB are needed, "
                            f"{free / 1e9:.1f} GB are free")
     with connect(cluster):
-        import ray
-
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        written = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
+        written = ray_data().from_items(tasks, override_num_blocks=len(tasks)).map(
             lambda row: write_shard(row["name"], pickle.loads(row["items"]), params, directory))
         for done, row in enumerate(written.iter_rows(), 1):
             print(f"shard {done} of {len(tasks)}: {row['name']}", flush=True)
