@@ -1,0 +1,217 @@
+"""The whole DAG by `dvc repro`, in a workspace of its own and at tiny sizes: what runs, what is rerun, what survives.
+
+The tests go through one workspace in order, as a user would.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from ruamel.yaml import YAML
+from safetensors.numpy import load_file
+
+from pixelgen.cli import main
+
+ROOT = Path(__file__).parents[2]
+yaml = YAML()
+
+
+def tiny(params):
+    """The demo's parameters, cut down to seconds."""
+    c2i = params["train"]["c2i"]
+    c2i["fit"] |= {"steps": 30, "batch_size": 16, "checkpoint_every": 5, "log_every": 2, "grid_every": 15}
+    c2i["grid_sampler"]["steps"] = 2
+    params["sample"]["c2i"] |= {"per_class": 4, "part_size": 7}
+    params["sample"]["c2i"]["sampler"] |= {"name": "euler", "steps": 3}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    path = tmp_path_factory.mktemp("workspace")
+    for name in ("pixelgen", "pipeline", "clusters", "dvc.yaml", "params.yaml", ".dvcignore", ".gitignore",
+                 ".dvc/config"):
+        target = path / name
+        target.parent.mkdir(exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(ROOT / name, target)
+    (path / "README.md").write_text("a readme\n")
+    subprocess.run(["git", "init", "-q"], cwd=path, check=True)
+    edit(path, tiny)
+    return path
+
+
+def edit(workspace, change):
+    data = yaml.load(workspace / "params.yaml")
+    change(data)
+    yaml.dump(data, workspace / "params.yaml")
+
+
+def environment(workspace):
+    paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    return {**os.environ, "PATH": os.pathsep.join(paths), "PYTHONPATH": str(workspace)}
+
+
+def dvc(workspace, *arguments, check=True):
+    done = subprocess.run(["dvc", *arguments], cwd=workspace, env=environment(workspace), text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert not check or done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def changed(workspace):
+    """The stages that `dvc repro` would rerun for what is changed now, if whatever is rerun gives something new.
+
+    A dry run names the first of them only; dvc.lock knows what each stage reads and writes.
+    """
+    listing = dvc(workspace, "repro", "--dry")
+    found = {line.split("'")[1] for line in listing.splitlines() if line.startswith("Running stage")} - {"params"}
+    stages = yaml.load(workspace / "dvc.lock")["stages"]
+
+    def paths(names, kind):
+        return [Path(entry["path"]) for name in names for entry in stages[name].get(kind, [])]
+
+    while more := {name for name in stages.keys() - found if any(
+            dep.is_relative_to(out) or out.is_relative_to(dep)
+            for dep in paths([name], "deps") for out in paths(found, "outs"))}:
+        found |= more
+    return found
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_mistake_in_params_stops_before_any_work(workspace):
+    good = (workspace / "params.yaml").read_text()
+    edit(workspace, lambda p: p["train"]["c2i"]["objective"].insert(0, "lpips_wieght", 0.1))
+    printed = dvc(workspace, "repro", check=False)
+    assert "train.c2i.objective: key: 'lpips_wieght' is not known (did you mean 'lpips_weight'?)" in printed
+    assert "Running stage 'weights'" not in printed
+    assert not (workspace / "out/weights").exists()
+    (workspace / "params.yaml").write_text(good)
+
+
+def test_repro_runs_everything(workspace):
+    dvc(workspace, "repro")
+    metrics = json.loads((workspace / "metrics/fid.json").read_text())
+    assert metrics["extractor"] == "digits"
+    assert metrics["samples"]["count"] == 40
+    assert "fid" not in metrics and metrics["fd_digits"] > metrics["fd_digits_floor"] > 0
+    assert metrics["class_accuracy_heldout"] >= 0.97
+    images = np.load(workspace / "out/sample/c2i/samples.npz")["arr_0"]
+    labels = np.load(workspace / "out/sample/c2i/labels.npy")
+    assert images.shape == (40, 32, 32, 3) and images.dtype == np.uint8
+    assert sorted(labels) == sorted([*range(10)] * 4) and list(labels) != sorted(labels)
+    page = (workspace / "out/report/index.html").read_text()
+    assert "Not comparable with the paper" in page and "data:image/png" in page and "http" not in page
+    steps = [line.split(",")[0] for line in (workspace / "out/train/c2i/curve.csv").read_text().splitlines()]
+    assert steps == ["step", *(str(s) for s in range(2, 31, 2))]
+    assert [p.name for p in sorted((workspace / "out/train/c2i/grids").iterdir())] == [
+        "step-00000015.png", "step-00000030.png"]
+
+
+def test_nothing_runs_again(workspace):
+    assert "Data and pipelines are up to date." in dvc(workspace, "repro")
+
+
+@pytest.mark.parametrize(("change", "rerun"), [
+    (lambda p: p["sample"]["c2i"]["sampler"].update(guidance=3.0), {"sample@c2i", "evaluate@fid", "report"}),
+    (lambda p: p["train"]["c2i"]["objective"].update(lpips_weight=0.2),
+     {"train@c2i", "sample@c2i", "evaluate@fid", "report"}),
+    (lambda p: p["evaluate"]["fid"].update(batch_size=99), {"evaluate@fid", "report"}),
+])
+def test_a_parameter_reruns_what_depends_on_it(workspace, change, rerun):
+    before = (workspace / "params.yaml").read_text()
+    edit(workspace, change)
+    assert changed(workspace) == rerun
+    (workspace / "params.yaml").write_text(before)
+
+
+@pytest.mark.parametrize(("file", "rerun"), [
+    ("README.md", set()),
+    ("clusters/local.yaml", set()),
+    ("pixelgen/samplers.py", {"sample@c2i", "evaluate@fid", "report"}),
+    ("pixelgen/losses.py", {"train@c2i", "sample@c2i", "evaluate@fid", "report"}),
+])
+def test_an_edited_file_reruns_what_is_made_of_it(workspace, file, rerun):
+    before = (workspace / file).read_text()
+    (workspace / file).write_text(before + "\n# edited\n")
+    assert changed(workspace) == rerun
+    (workspace / file).write_text(before)
+
+
+def test_samples_do_not_depend_on_the_size_of_parts_or_the_number_of_actors(workspace):
+    """In one process, with parts of 3, against two actors with parts of 7."""
+    program = """
+import numpy as np, torch
+from pixelgen import PixelGen
+from pipeline.params import read_params
+torch.set_num_threads(1)
+params = read_params().sample["c2i"]
+model = PixelGen.from_pretrained("out/train/c2i/model")
+drawn = [model.generate([i % 10 for i in part], [params.seed + i for i in part], params.sampler, 32)
+         for part in np.array_split(np.arange(40), 14)]
+order = np.random.default_rng(0).permutation(40)
+stored = np.load("out/sample/c2i/samples.npz")["arr_0"]
+assert np.array_equal(np.concatenate(drawn)[order], stored)
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=workspace, env=environment(workspace), check=True)
+
+
+def test_training_survives_kill_9(workspace):
+    """dvc, and with it nothing else, is killed in the middle; the next repro takes over and ends at the same bits."""
+    model, curve = workspace / "out/train/c2i/model", workspace / "out/train/c2i/curve.csv"
+    undisturbed = {p.name: digest(p) for p in model.iterdir()}
+    losses = [line.rsplit(",", 1)[0] for line in curve.read_text().splitlines()]  # all but images per second
+    shutil.rmtree(workspace / "runs")
+    shutil.rmtree(workspace / "out/train/c2i")
+    process = subprocess.Popen(["dvc", "repro", "train@c2i"], cwd=workspace, env=environment(workspace),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 240
+        while not any(workspace.glob("runs/train@c2i/*/checkpoints/step-*.pt")):
+            assert process.poll() is None and time.monotonic() < deadline, "no checkpoint appeared"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    (run,) = workspace.glob("runs/train@c2i/*")
+    assert not (run / "checkpoints/step-00000030.pt").exists(), "killed too late to show anything"
+    dvc(workspace, "repro", "train@c2i")
+    assert {p.name: digest(p) for p in model.iterdir()} == undisturbed
+    assert [line.rsplit(",", 1)[0] for line in curve.read_text().splitlines()] == losses
+
+
+def test_a_lost_model_file_is_not_passed_over(workspace):
+    """A damaged artifact stops the stage that would read it."""
+    (workspace / "out/sample/c2i/labels.npy").write_bytes(b"damaged")
+    done = subprocess.run([sys.executable, "-m", "pipeline.stages.evaluate", "fid"], cwd=workspace,
+                          env=environment(workspace), text=True, capture_output=True)
+    assert done.returncode != 0 and "labels.npy is not the file that the manifest describes" in done.stderr
+
+
+def test_weights_of_the_trained_model_are_finite_and_distinct(workspace):
+    ema, raw = (load_file(workspace / f"out/train/c2i/model/{n}.safetensors") for n in ("ema", "raw"))
+    assert ema.keys() == raw.keys() and all(np.isfinite(v).all() for v in ema.values())
+    assert any((ema[k] != raw[k]).any() for k in ema)
+
+
+def test_the_command_line_draws_from_the_trained_model(workspace, capsys):
+    picture = workspace / "digits.png"
+    arguments = ["sample", str(workspace / "out/train/c2i/model"), str(picture), "--steps", "2", "--labels"]
+    assert main([*arguments, "0", "1", "2"]) == 0
+    assert Image.open(picture).size == (3 * 34 - 2, 32)
+    assert main([*arguments, "10"]) == 1
+    assert "labels [10] are outside 0 to 9" in capsys.readouterr().err

@@ -1,0 +1,107 @@
+"""Folders of images for tests: small, made on the spot, some of them hostile."""
+
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipeline.params import DatasetParams
+
+SIZE = 32  # of the shards
+
+
+def folder_params(path: Path, **changes) -> DatasetParams:
+    values = {"source": "image_folder", "path": str(path), "image_size": SIZE, "rows_per_shard": 4, "heldout": 0.0,
+              "max_quarantined": 0.0, "max_megapixels": 4.0, "seed": 0}
+    return DatasetParams(**values | changes)
+
+
+def picture(seed: int, width: int = 48, height: int = 40) -> Image.Image:
+    """A smooth RGB picture, different for each seed."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def make_plain(root: Path, classes: int = 2, each: int = 6) -> Path:
+    """Nothing wrong with it: `classes` folders of `each` PNG files."""
+    for label in range(classes):
+        (root / f"class{label}").mkdir(parents=True)
+        for n in range(each):
+            picture(100 * label + n).save(root / f"class{label}" / f"{n:03}.png")
+    return root
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header announces width×height pixels."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10_000))) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def make_good(folder: Path) -> list[str]:
+    """Images of every kind that must be accepted -> their paths in `folder`."""
+    folder.mkdir(parents=True)
+    (folder / "deep" / "x.jpg").mkdir(parents=True)  # a folder, whatever its name says
+    base = picture(1)
+    base.save(folder / "plain.jpg")
+    base.convert("L").save(folder / "grey.jpg")
+    base.convert("1").save(folder / "bits.png")
+    base.convert("CMYK").save(folder / "cmyk.jpg")
+    base.save(folder / "deep" / "x.jpg" / "nested.webp")
+    base.save(folder / "png named.JPEG", "PNG")
+    base.save(folder / "naïve ☃\n\t'\".bmp")
+    base.resize((20, 9)).save(folder / "small.tiff")
+    base.resize((SIZE, SIZE)).save(folder / "exact.png")
+    clear = base.convert("RGBA")
+    clear.putalpha(Image.linear_gradient("L").resize(base.size))
+    clear.save(folder / "rgba.png")
+    base.quantize(8).save(folder / "palette.png", transparency=0)
+    Image.fromarray(np.linspace(0, 65535, 48 * 40).astype(np.uint16).reshape(40, 48)).save(folder / "sixteen.png")
+    red, blue = (Image.new("RGB", (48, 40), colour) for colour in ("red", "blue"))
+    red.save(folder / "animated.gif", save_all=True, append_images=[blue])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to look at it
+    base.save(folder / "rotated.jpg", exif=exif)
+    (folder / "link.jpg").symlink_to("plain.jpg")
+    return sorted(os.path.relpath(path, folder) for path in folder.rglob("*") if path.is_file())
+
+
+def make_bad(folder: Path, outside: Path) -> dict[str, str]:
+    """Files that must be rejected -> what the reason must match, by path in `folder`. `outside` gets a file."""
+    folder.mkdir(parents=True)
+    outside.mkdir(parents=True)
+    base = picture(2, 120, 90)
+    for name in ("cut.jpg", "cut.png", "cut.gif", "cut.webp", "cut.bmp", "cut.tiff"):
+        base.save(folder / name)
+        os.truncate(folder / name, (folder / name).stat().st_size * 2 // 3)
+    (folder / "empty.jpg").touch()
+    (folder / "text.jpg").write_text("this is no image\n")
+    (folder / ".DS_Store").write_bytes(bytes(100))
+    (folder / "page.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 48 40\n%%EndComments\nshowpage\n")
+    base.resize((1, 1)).save(folder / "dot.png")
+    base.resize((SIZE // 4 - 1, 100)).save(folder / "narrow.png")
+    (folder / "bomb.png").write_bytes(png_claiming(60_000, 60_000))
+    (folder / "large.png").write_bytes(png_claiming(2001, 2000))
+    (folder / "huge when enlarged.png").write_bytes(png_claiming(SIZE // 4, 40_000))
+    Image.fromarray(np.zeros((40, 48), np.float32)).save(folder / "float.tiff")
+    base.save(outside / "secret.png")
+    (folder / "out.png").symlink_to(outside / "secret.png")
+    (folder / "broken.png").symlink_to("nowhere.png")
+    (folder / "circle.png").symlink_to("circle.png")
+    (folder / "aside").mkdir()
+    (folder / "aside.png").symlink_to("aside")
+    base.save(os.fsencode(folder) + b"/latin\xe9.png")
+    os.mkfifo(folder / "pipe.png")
+    cut, none, unknown = "truncated|decoder", "no file", "not an image"
+    return {**{f"cut.{ending}": cut for ending in ("jpg", "png", "gif", "webp", "bmp", "tiff")},
+            "empty.jpg": unknown, "text.jpg": unknown, ".DS_Store": unknown, "page.eps": unknown,
+            "dot.png": "too small: 1×1", "narrow.png": "too small: 7×100", "bomb.png": "DecompressionBomb",
+            "large.png": "too large: 2001×2000", "huge when enlarged.png": "too large: 8×40000", "float.tiff": "mode F",
+            "out.png": "leaves the folder", "broken.png": none, "circle.png": f"{none}|loop", "aside.png": none,
+            "latin\udce9.png": "UnicodeEncodeError", "pipe.png": none}

@@ -1,0 +1,116 @@
+"""params.yaml: strict, quick, and every preset is a run that could start."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.params import Params, fingerprint, read_params, read_yaml
+from pixelgen.config import ConfigError, load
+from pixelgen.models.jit import JiT
+
+ROOT = Path(__file__).parents[2]
+PRESETS = sorted(ROOT.glob("presets/**/*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return read_yaml(ROOT / "params.yaml")
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_every_preset_loads_and_builds_its_model(path):
+    params = read_params(path)
+    assert params.train
+    for train in params.train.values():
+        with torch.device("meta"):
+            JiT(train.denoiser.resolve())
+        assert train.fit.lanes % 2 == 0
+
+
+def test_the_committed_params_are_the_demo_preset():
+    assert (ROOT / "params.yaml").read_text() == (ROOT / "presets/demo.yaml").read_text()
+    assert {p.stem for p in PRESETS} == {"demo", "imagenet256-l", "imagenet256-xl", "imagenet256-xl-cfg", "repa",
+                                         "lpips", "pdino"}
+
+
+def test_the_presets_hold_the_papers_settings():
+    ladder = {name: read_params(ROOT / f"presets/{name}.yaml").train["c2i"]
+              for name in ("ablations/repa", "ablations/lpips", "ablations/pdino", "imagenet256-l", "imagenet256-xl")}
+    terms = [(t.objective.lpips_weight, t.objective.pdino_weight, t.objective.gate_threshold) for t in ladder.values()]
+    assert terms == [(0, 0, 0), (0.1, 0, 0), (0.1, 0.01, 0), (0.1, 0.01, 0.3), (0.1, 0.01, 0.3)]
+    assert [t.fit.steps for t in ladder.values()] == [200_000] * 4 + [400_000]
+    assert all(t.fit.batch_size == 256 and t.optimizer.lr == 1e-4 for t in ladder.values())
+
+
+def replaced(data, dotted, value):
+    data = copy.deepcopy(data)
+    *path, last = dotted.split(".")
+    node = data
+    for key in path:
+        node = node[key]
+    node[last] = value
+    return data
+
+
+@pytest.mark.parametrize(("dotted", "value", "says"), [
+    ("trian", {}, "'trian' is not known (did you mean 'train'?)"),
+    ("train.c2i.fit.stepz", 3, "train.c2i.fit: key: 'stepz' is not known (did you mean 'steps'?)"),
+    ("train.c2i.fit.steps", "many", "train.c2i.fit.steps: expected int, got 'many'"),
+    ("train.c2i.fit.compile", 1, "train.c2i.fit.compile: expected bool, got 1"),
+    ("train.c2i.fit.lanes", 3, "batch_size 64 is not a multiple of lanes 3"),
+    ("train.c2i.denoiser.size", "XXL", "denoiser size: 'XXL' is not known"),
+    ("train.c2i.denoiser.image_size", 64, "train.c2i.denoiser.image_size 64 differs from datasets.digits"),
+    ("train.c2i.denoiser.image_size", 40, "image_size 40 is not a multiple of patch_size 16"),
+    ("train.c2i.dataset", "digit", "train.c2i.dataset: 'digit' is not known (did you mean 'digits'?)"),
+    ("train.c2i.objective.repa_block", 6, "objective.repa_block 6: the denoiser has blocks 0 to 5"),
+    ("train.c2i.objective.lpips_weight", 0, "gated names 'lpips', but lpips_weight is 0"),
+    ("train.c2i.objective.gated", ["fm"], "train.c2i.objective.gated[0]: 'fm' is not known"),
+    ("sample.c2i.model", "c2j", "sample.c2i.model: 'c2j' is not known (did you mean 'c2i'?)"),
+    ("sample.c2i.sampler.interval", [0.9, 0.1], "interval [0.9, 0.1] must satisfy"),
+    ("sample.c2i.sampler.order", 2, "order 2: only adams_bashforth has one"),
+    ("evaluate.fid.reference", "imagenet", "evaluate.fid.reference: 'imagenet' is not known"),
+    ("reference.digits.extractor", "inception", "inception comes with weights.source published"),
+    ("datasets.digits.path", "x", "set path and heldout to null"),
+    ("datasets.digits.source", "image_folder", "path: image_folder needs the folder"),
+    ("weights.directory", "x", "directory is for published weights"),
+])
+def test_a_mistake_names_the_key_and_the_choices(demo, dotted, value, says):
+    with pytest.raises(ConfigError) as error:
+        load(Params, replaced(demo, dotted, value))
+    assert says in str(error.value)
+
+
+def test_a_missing_key_is_a_mistake(demo):
+    data = copy.deepcopy(demo)
+    del data["train"]["c2i"]["fit"]["seed"]
+    with pytest.raises(ConfigError, match=r"train\.c2i\.fit: missing key seed"):
+        load(Params, data)
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("a: 1\na: 2\n", "duplicate key"), ("a: [", "not valid YAML"), ("a: !!python/object/apply:os.system [x]", "YAML"),
+])
+def test_hostile_yaml(tmp_path, text, says):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        read_yaml(tmp_path / "params.yaml")
+
+
+def test_yaml_numbers_without_a_dot_are_numbers(tmp_path):
+    (tmp_path / "p.yaml").write_text("lr: 1e-4\non: off\n")
+    assert read_yaml(tmp_path / "p.yaml") == {"lr": 1e-4, "on": "off"}
+
+
+def test_the_check_loads_nothing_heavy():
+    program = ("import sys; import pipeline.params as p; p.read_params(); "
+               "assert not {'torch', 'ray', 'dvc', 'numpy'} & set(sys.modules), sys.modules.keys()")
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_fingerprint_tells_parameters_apart(demo):
+    one, two = (load(Params, replaced(demo, "train.c2i.fit.seed", s)).train["c2i"] for s in (0, 1))
+    assert fingerprint([one]) == fingerprint([one]) != fingerprint([two])

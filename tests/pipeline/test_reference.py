@@ -1,0 +1,144 @@
+"""The reference stage with an extractor that can be checked by hand."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.batches import open_split, read_images
+from pipeline.datasets import image_folder
+from pipeline.params import ReferenceParams
+from pipeline.stages import reference, shard
+from pipeline.storage import StorageError, publish, read_manifest
+from pixelgen.config import ConfigError
+from pixelgen.metrics import fid
+from tests.pipeline.folders import SIZE, folder_params, make_plain
+
+PARAMS = ReferenceParams("plain", "digits", None, 7, 4)
+
+
+class Means:
+    """Pool: mean of each channel. Spatial: two pixels."""
+
+    name = "means"
+
+    def __call__(self, images):
+        x = images.double()
+        return {"pool": x.mean((2, 3)), "spatial": x[:, 0, :2, 0], "logits": x[:, :, 0, 0]}
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    """A working directory with out/shard/plain of 20 training images, and the stage to run in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["reference", "name"])
+    monkeypatch.setattr(reference, "read_params", lambda: dataclasses.make_dataclass("P", ["reference"])(chosen))
+    monkeypatch.setattr(reference, "read_cluster", lambda: dataclasses.make_dataclass(
+        "C", ["device", "threads_per_worker"])("cpu", 1))
+    monkeypatch.setattr(reference, "load_extractor", load_extractor)
+    chosen: dict[str, ReferenceParams] = {}
+    params = folder_params(make_plain(tmp_path / "data", classes=2, each=10), rows_per_shard=6)
+    out = tmp_path / "out" / "shard" / "plain"
+    out.mkdir(parents=True)
+    shards = shard.deal(image_folder.listing(params)[1], 6, 0)
+    for name, items in shards.items():
+        shard.write_shard(name, items, params, out)
+    entries = [{"path": name, "rows": len(items)} for name, items in shards.items()]
+    publish(out, "dataset", params, splits={"train": {"shards": entries}, "heldout": {"shards": []}})
+
+    def run(params):
+        chosen["name"] = params
+        reference.main()
+        return fid.load_reference("out/reference/name/reference.npz")
+
+    return run
+
+
+def load_extractor(name, weights, device):
+    assert (name, weights, device) == ("digits", Path("out/weights"), torch.device("cpu"))
+    return Means()
+
+
+def every_image():
+    return np.concatenate([images for images, _ in read_images(open_split(Path("out/shard/plain"), "train"))])
+
+
+def test_statistics_are_of_every_training_image(stage):
+    found, images = stage(PARAMS), every_image()
+    assert images.shape == (20, SIZE, SIZE, 3)
+    pool, spatial = images.astype(float).mean((1, 2)), images[:, :2, 0, 0].astype(float)
+    np.testing.assert_allclose(found.mu, pool.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(found.sigma, np.cov(pool.T), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(found.mu_s, spatial.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(found.sigma_s, np.cov(spatial.T), rtol=1e-5, atol=1e-4)
+    manifest = read_manifest(Path("out/reference/name"), "reference")
+    assert {k: manifest[k] for k in ("extractor", "dataset", "images")} == {
+        "extractor": "means", "dataset": "plain", "images": 7}
+    assert [f["path"] for f in manifest["files"]] == ["reference.npz"]
+
+
+def test_kept_images_are_a_random_part_always_the_same(stage):
+    images = every_image()
+    kept = stage(PARAMS).images
+    places = [int(np.flatnonzero((images == one).all((1, 2, 3)))[0]) for one in kept]
+    assert len(kept) == 7 and places == sorted(set(places)) and places[-1] > 7 and places != list(range(7))
+    first = Path("out/reference/name/reference.npz").read_bytes()
+    stage(PARAMS)
+    assert Path("out/reference/name/reference.npz").read_bytes() == first
+
+
+@pytest.mark.parametrize("kept", [20, 1000])
+def test_a_small_split_is_kept_whole(stage, kept):
+    assert np.array_equal(stage(dataclasses.replace(PARAMS, images=kept)).images, every_image())
+
+
+def test_batch_size_changes_nothing_but_rounding(stage):
+    one, other = (stage(dataclasses.replace(PARAMS, batch_size=size)) for size in (1, 100))
+    np.testing.assert_allclose(one.sigma, other.sigma, rtol=1e-10)
+    assert np.array_equal(one.images, other.images)
+
+
+@pytest.mark.parametrize("images", [None, np.zeros((5, 8, 8, 3), np.uint8)])
+def test_a_published_reference_is_taken_over(stage, images):
+    given = fid.Reference(np.arange(3.0), np.eye(3), np.ones(2), 2 * np.eye(2), images)
+    fid.save_reference("theirs.npz", given)
+    found = stage(dataclasses.replace(PARAMS, npz="theirs.npz"))
+    for name, array in vars(given).items():
+        assert np.array_equal(getattr(found, name), array)  # of None with None, too
+    assert read_manifest(Path("out/reference/name"), "reference")["images"] == (0 if images is None else 5)
+
+
+def test_a_published_reference_of_another_extractor_is_refused(stage):
+    fid.save_reference("theirs.npz", fid.Reference(np.ones(4), np.eye(4), np.ones(2), np.eye(2), None))
+    with pytest.raises(ConfigError, match=r"theirs.npz: \(4, 2\) .* means makes \(3, 2\): .* another extractor"):
+        stage(dataclasses.replace(PARAMS, npz="theirs.npz"))
+    assert not Path("out/reference").exists()
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (None, "No such file or directory: 'theirs.npz'; set npz"), (b"", "theirs.npz: .*; set npz"),
+    (b"PK\3\4 no archive", "theirs.npz: .*; set npz")])
+def test_a_published_reference_that_cannot_be_read_is_refused(stage, content, message):
+    if content is not None:
+        Path("theirs.npz").write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        stage(dataclasses.replace(PARAMS, npz="theirs.npz"))
+
+
+def test_altered_or_missing_shards_are_refused(stage):
+    path = Path(open_split(Path("out/shard/plain"), "train").paths[1])
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StorageError, match=f"{path.name} is not the file"):
+        stage(PARAMS)
+    path.unlink()
+    with pytest.raises(StorageError, match=f"{path.name} is in the manifest but not there"):
+        stage(PARAMS)
+    Path("out/shard/plain/manifest.json").unlink()
+    with pytest.raises(StorageError, match=r"plain is missing or unfinished .*dvc repro"):
+        stage(PARAMS)
+    assert not Path("out/reference").exists()

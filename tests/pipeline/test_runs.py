@@ -1,0 +1,97 @@
+"""Run directories: what names them, and who may write to them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from pipeline import runs
+from pipeline.storage import StorageError
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from pipeline.runs import lease
+with lease(Path(sys.argv[1]), patience=0):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def described(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pixelgen").mkdir()
+    (tmp_path / "pixelgen/a.py").write_text("a = 1\n")
+    (tmp_path / "pixelgen/b.py").write_text("b = 1\n")
+    (tmp_path / "dvc.yaml").write_text(
+        "stages:\n  one: {cmd: x, deps: [pixelgen, data]}\n"
+        "  many: {foreach: [], do: {cmd: x, deps: [pixelgen/a.py]}}\n")
+    return tmp_path
+
+
+def test_a_run_is_named_by_parameters_and_code(described):
+    first = runs.run_directory("many", "k", {"lr": 1}, "hash")
+    assert first.is_dir() and first.parent.name == "many@k"
+    assert runs.run_directory("many", "k", {"lr": 1}, "hash") == first
+    assert runs.run_directory("many", "k", {"lr": 2}, "hash") != first
+    (described / "pixelgen/b.py").write_text("b = 2\n")  # no dep of `many`, one of `one`
+    assert runs.run_directory("many", "k", {"lr": 1}, "hash") == first
+    whole = runs.code_hash("one")
+    (described / "pixelgen/a.py").write_text("a = 2\n")
+    assert runs.run_directory("many", "k", {"lr": 1}, "hash") != first
+    assert runs.code_hash("one") != whole
+
+
+def start_holder(path):
+    return subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_lease_keeps_others_out_and_ends_with_its_process(tmp_path):
+    holder = start_holder(tmp_path / "lease")
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(StorageError, match=f"in use by process {holder.pid}"), runs.lease(tmp_path / "lease", 0.3):
+            pass
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        with runs.lease(tmp_path / "lease", patience=5):
+            assert (tmp_path / "lease").read_text() == str(os.getpid())
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_an_orphan_is_stopped(tmp_path, monkeypatch):
+    """A stage whose dvc was killed must not be joined by a second writer, nor keep the next one waiting."""
+    holder = start_holder(tmp_path / "lease")
+    try:
+        assert holder.stdout.readline() == "held\n"
+        monkeypatch.setattr(runs, "_is_orphan", lambda pid: pid == holder.pid)
+        start = time.monotonic()
+        with runs.lease(tmp_path / "lease", patience=0):
+            assert time.monotonic() - start < 20
+        assert not psutil.pid_exists(holder.pid)
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_who_is_an_orphan(tmp_path):
+    """A child of a living shell of a living parent is none; once the parent is gone, it is."""
+    assert not runs._is_orphan(os.getpid())
+    script = ("import subprocess; "
+              "print(subprocess.Popen(['sh', '-c', 'sleep 60; true'], stdout=subprocess.DEVNULL).pid)")
+    parent = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True)
+    shell = int(parent.stdout)
+    time.sleep(0.3)
+    (stage,) = psutil.Process(shell).children()
+    try:
+        assert runs._is_orphan(stage.pid)
+    finally:
+        psutil.Process(shell).kill()
+        stage.kill()

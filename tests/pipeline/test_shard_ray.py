@@ -1,0 +1,123 @@
+"""The shard stage and the reading of batches on a real Ray, on this machine: the only module that starts one for it."""
+
+import contextlib
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.batches import Plan, lane_batches, load_window, open_split
+from pipeline.cluster import connect, read_cluster
+from pipeline.stages import shard
+from pipeline.storage import read_manifest
+from tests.pipeline.folders import SIZE, make_plain
+
+ROOT = Path(__file__).parents[2]
+PARAMS = """
+weights: {{source: demo, directory: null, seed: 0}}
+datasets:
+  plain: {{source: image_folder, path: {data}, image_size: {size}, rows_per_shard: 2, heldout: 0.1,
+    max_quarantined: 0.05, max_megapixels: 1, seed: 0}}
+reference: {{}}
+train: {{}}
+sample: {{}}
+evaluate: {{}}
+"""
+
+
+def working_directory(path, data):
+    """What the stage needs around it: parameters, clusters, and the code that dvc.yaml lists."""
+    (path / "clusters").mkdir(parents=True)
+    shutil.copy(ROOT / "clusters" / "local.yaml", path / "clusters")
+    (path / "params.yaml").write_text(PARAMS.format(data=data, size=SIZE))
+    for name in ("dvc.yaml", "pipeline", "pixelgen"):
+        (path / name).symlink_to(ROOT / name)
+    return path
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    """A Ray session and its address, in a working directory where the stage has run undisturbed; and the folder
+    that holds this and the images."""
+    root = tmp_path_factory.mktemp("ray")
+    make_plain(root / "data", classes=2, each=40)
+    (root / "data" / "class1" / "text.png").write_text("no image")
+    (root / "data" / "class1" / "cut.png").write_bytes((root / "data" / "class1" / "000.png").read_bytes()[:500])
+    work = working_directory(root / "undisturbed", root / "data")
+    with contextlib.chdir(work), connect(read_cluster()) as context:
+        run_here()
+        yield root, context.address_info["address"]
+
+
+def run_here():
+    """The stage in this process and in the session that is open."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["shard", "plain"])
+        patch.setattr(shard, "connect", lambda cluster: contextlib.nullcontext())
+        shard.main()
+
+
+def finished(work):
+    return {path.name: stamp(path) for path in work.glob("runs/*/*/*.parquet")}
+
+
+def stamp(path):
+    return path.stat().st_ino, path.stat().st_mtime_ns
+
+
+def test_every_image_is_in_one_shard(session):
+    manifest = read_manifest(Path("out/shard/plain"), "dataset")
+    train, heldout = (manifest["splits"][name] for name in ("train", "heldout"))
+    assert train["rows"] + heldout["rows"] == 80 and manifest["quarantined"] == 2 and heldout["rows"] > 0
+    assert np.add(train["per_class"], heldout["per_class"]).tolist() == [40, 40]
+    assert len(train["shards"]) > 30 and {s["rows"] for s in train["shards"]} <= {1, 2}
+    assert not Path("runs/shard@plain").exists()
+
+
+def test_a_run_killed_in_the_middle_goes_on_and_ends_as_an_undisturbed_one(session, capsys):
+    root, address = session
+    work = working_directory(root / "killed", root / "data")
+    cluster = work / "clusters" / "local.yaml"
+    cluster.write_text(cluster.read_text().replace("address: null", f"address: {address}"))
+    process = subprocess.Popen([sys.executable, "-m", "pipeline.stages.shard", "plain"], cwd=work)
+    deadline = time.monotonic() + 200
+    while len(finished(work)) < 5:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    kept: dict[str, tuple[int, int]] = {}
+    while kept != (kept := finished(work)):  # its tasks end a moment later
+        time.sleep(3)
+    undisturbed = {path.name: path.read_bytes() for path in Path("out/shard/plain").iterdir()}
+    total = sum(name.endswith(".parquet") for name in undisturbed)
+    assert 5 <= len(kept) < total and not (work / "out").exists()
+
+    with contextlib.chdir(work):
+        run_here()
+        after = {path.name: path for path in Path("out/shard/plain").iterdir()}
+        assert {name: path.read_bytes() for name, path in after.items()} == undisturbed
+        assert {name: stamp(after[name]) for name in kept} == kept
+    assert f"shard {total - len(kept)} of {total - len(kept)}: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("start", [0, 21])
+def test_ray_hands_a_rank_its_lanes_in_the_order_of_the_plan(session, start):
+    plan = Plan(open_split(Path("out/shard/plain").absolute(), "train"), seed=1, batch_size=4, lanes=4)
+    lanes, stop, seen, step = [2, 3], 40, [], start  # more than two epochs of about 18 steps
+    while step < stop:
+        columns = load_window(plan, lanes, step, stop)
+        seen += list(zip(*(columns[name].tolist() for name in ("step", "lane", "key", "label")), columns["image"],
+                         strict=True))
+        step = plan.window(step)[2].stop
+    got = list(lane_batches(plan, lanes, start, stop, torch.device("cpu")))
+    assert [[(b.step, b.lane) for b in rank] for rank in got] == [[(s, 2), (s, 3)] for s in range(start, stop)]
+    rows = [(b.step, b.lane, key, label, image) for rank in got for b in rank
+            for key, label, image in zip(b.keys, b.labels.tolist(), b.images.permute(0, 2, 3, 1).numpy(), strict=True)]
+    assert [row[:4] for row in rows] == [row[:4] for row in seen]
+    assert all(np.array_equal(one[4], other[4]) for one, other in zip(rows, seen, strict=True))

@@ -1,0 +1,162 @@
+"""Strict loading: what is not exactly right is refused, and the message says where and what is valid."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from pixelgen.config import (
+    ConfigError,
+    DenoiserConfig,
+    FitConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SamplerConfig,
+    choose,
+    load,
+)
+from tests.pixelgen.conftest import FIT, TINY
+
+
+@dataclass(frozen=True)
+class Everything:
+    count: int
+    rate: float
+    name: Literal["red", "green"]
+    flag: bool
+    pair: tuple[float, float]
+    names: tuple[Literal["red", "green"], ...]
+    table: dict[str, int]
+    inner: OptimizerConfig | None
+
+
+GOOD = {"count": 3, "rate": 0.5, "name": "red", "flag": True, "pair": [0, 0.5], "names": ["red"], "table": {"a": 1},
+        "inner": {"lr": 1, "betas": [0.9, 0.99], "weight_decay": 0, "clip": None}}
+
+
+def test_load_converts_to_the_declared_types():
+    loaded = load(Everything, GOOD)
+    assert loaded == Everything(3, 0.5, "red", True, (0.0, 0.5), ("red",), {"a": 1}, OptimizerConfig(1.0, (0.9, 0.99)))
+    assert type(loaded.inner.lr) is float and type(loaded.pair[0]) is float, "a whole number will do for a float"
+    assert load(Everything, GOOD | {"inner": None, "names": []}).inner is None
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"coumt": 1}, r"top level: key: 'coumt' is not known \(did you mean 'count'\?\); valid: count, flag, inner"),
+    ({1: 1}, "top level: key: 1 is not known"),
+    ({"count": "3"}, "count: expected int, got '3'"),
+    ({"count": 3.0}, "count: expected int, got 3.0"),
+    ({"count": True}, "count: expected int, got True"),
+    ({"count": None}, "count: expected int, got None"),
+    ({"rate": True}, "rate: expected float, got True"),
+    ({"rate": "0.5"}, "rate: expected float"),
+    ({"rate": math.nan}, "rate: expected a finite number, got nan"),
+    ({"rate": -math.inf}, "rate: expected a finite number, got -inf"),
+    ({"flag": 1}, "flag: expected bool, got 1"),
+    ({"name": "gren"}, r"name: 'gren' is not known \(did you mean 'green'\?\); valid: green, red"),
+    ({"name": None}, "name: None is not known"),
+    ({"name": ["red"]}, r"name: \['red'\] is not known"),
+    ({"pair": [1]}, "pair: expected a list of 2"),
+    ({"pair": "ab"}, "pair: expected a list of 2"),
+    ({"pair": 1.0}, "pair: expected a list of 2"),
+    ({"pair": [0, "x"]}, r"pair\[1\]: expected float"),
+    ({"names": "red"}, "names: expected a list, got 'red'"),
+    ({"names": ["red", "blue"]}, r"names\[1\]: 'blue' is not known"),
+    ({"table": [1]}, "table: expected a mapping"),
+    ({"table": {"a": 1, "b": "x"}}, r"table\.b: expected int"),
+    ({"inner": 3}, "inner: expected a mapping, got 3"),
+    ({"inner": {"lr": 1}}, "inner: missing key betas, weight_decay, clip; needed: lr, betas, weight_decay, clip"),
+    ({"inner": GOOD["inner"] | {"momentum": 1}}, "inner: key: 'momentum' is not known"),
+    ({"inner": GOOD["inner"] | {"lr": "x"}}, r"inner\.lr: expected float"),
+    ({"inner": GOOD["inner"] | {"betas": [0.9, 1.0]}}, r"inner: betas \(0\.9, 1\.0\) must lie in"),
+])
+def test_what_is_not_right_is_refused_with_its_place(change, message):
+    with pytest.raises(ConfigError, match=message):
+        load(Everything, GOOD | change)
+    with pytest.raises(ConfigError, match=r"stage\.x"):  # the path begins where the caller says
+        load(Everything, GOOD | change, "stage.x")
+
+
+def test_a_default_is_no_excuse_for_a_missing_key():
+    with pytest.raises(ConfigError, match="missing key order; needed: name, steps"):
+        load(SamplerConfig, {k: v for k, v in dataclasses.asdict(SamplerConfig()).items() if k != "order"})
+    with pytest.raises(ConfigError, match="SamplerConfig: expected a mapping"):
+        load(SamplerConfig, None)
+
+
+def test_choose():
+    assert choose("a", ["a", "b"], "letter") == "a"
+    with pytest.raises(ConfigError, match="letter: 'c' is not known; valid: a, b"):
+        choose("c", ["b", "a"], "letter")
+
+
+VALID = {
+    DenoiserConfig: TINY,
+    ObjectiveConfig: dataclasses.asdict(ObjectiveConfig()),
+    OptimizerConfig: dataclasses.asdict(OptimizerConfig()),
+    FitConfig: FIT,
+    SamplerConfig: dataclasses.asdict(SamplerConfig()),
+}
+
+
+@pytest.mark.parametrize("cls", VALID)
+def test_dump_and_load_is_the_identity(cls):
+    config = load(cls, VALID[cls])
+    assert load(cls, dataclasses.asdict(config)) == config
+
+
+@pytest.mark.parametrize(("cls", "change", "message"), [
+    (DenoiserConfig, {"image_size": 20}, "image_size 20 is not a multiple of patch_size 8"),
+    (DenoiserConfig, {"heads": 3}, "width 32 over 3 heads"),
+    (DenoiserConfig, {"heads": 16}, "width 32 over 16 heads: the head size must be a multiple of 4"),
+    (DenoiserConfig, {"in_context_start": 3}, "in_context_start 3 must be a block index below depth 3"),
+    (DenoiserConfig, {"in_context_start": -1}, "in_context_start -1"),
+    (DenoiserConfig, {"dropout": 1.0}, "dropout 1.0"),
+    (DenoiserConfig, {"dropout": -0.1}, "dropout -0.1"),
+    (DenoiserConfig, {"num_classes": 0}, "num_classes 0"),
+    (ObjectiveConfig, {"repa_weight": -1.0}, "repa_weight must not be negative"),
+    (ObjectiveConfig, {"lpips_weight": -1.0}, "lpips_weight must not be negative"),
+    (ObjectiveConfig, {"pdino_weight": -1.0}, "pdino_weight must not be negative"),
+    (ObjectiveConfig, {"repa_hidden": 0}, "repa_hidden must be at least 1"),
+    (ObjectiveConfig, {"gate_threshold": 1.1}, "gate_threshold 1.1"),
+    (ObjectiveConfig, {"gate_threshold": -0.1}, "gate_threshold -0.1"),
+    (ObjectiveConfig, {"gated": ["lpips", "lpips"]}, "gated names a term twice"),
+    (ObjectiveConfig, {"lpips_weight": 0.0}, "gated names 'lpips', but lpips_weight is 0"),
+    (ObjectiveConfig, {"gated": ["pdino"], "pdino_weight": 0.0}, "gated names 'pdino', but pdino_weight is 0"),
+    (ObjectiveConfig, {"condition_dropout": 1.0}, "condition_dropout 1.0"),
+    (ObjectiveConfig, {"condition_dropout": -0.1}, "condition_dropout -0.1"),
+    (ObjectiveConfig, {"time_std": 0.0}, "time_std must be positive"),
+    (ObjectiveConfig, {"timeshift": 0.0}, "timeshift must be positive"),
+    (ObjectiveConfig, {"balance_every": 0}, "balance_every must be positive"),
+    (ObjectiveConfig, {"lpips_weight": 0.0, "pdino_weight": 0.0, "gated": []}, "no perceptual term to balance"),
+    (OptimizerConfig, {"lr": 0.0}, "lr 0.0 must be positive"),
+    (OptimizerConfig, {"betas": [-0.1, 0.9]}, "betas"),
+    (OptimizerConfig, {"weight_decay": -1.0}, "weight_decay must not be negative"),
+    (OptimizerConfig, {"clip": 0.0}, "clip must be positive"),
+    *((FitConfig, {name: 0}, f"{name} must be at least 1, got 0")
+      for name in ("steps", "batch_size", "lanes", "checkpoint_every", "keep_checkpoints", "log_every")),
+    (FitConfig, {"lanes": 3}, "batch_size 8 is not a multiple of lanes 3"),
+    (FitConfig, {"ema_decay": 1.0}, "ema_decay 1.0"),
+    (FitConfig, {"ema_decay": -0.1}, "ema_decay -0.1"),
+    (FitConfig, {"grid_every": 0}, "grid_every must be at least 1, or null"),
+    (FitConfig, {"precision": "fp16"}, "precision: 'fp16' is not known"),
+    (SamplerConfig, {"steps": 0}, "steps 0"),
+    (SamplerConfig, {"guidance": -1.0}, "guidance -1.0"),
+    (SamplerConfig, {"interval": [0.5, 0.5]}, "interval"),
+    (SamplerConfig, {"interval": [-0.1, 0.5]}, "interval"),
+    (SamplerConfig, {"interval": [0.1, 1.5]}, "interval"),
+    (SamplerConfig, {"timeshift": 0.0}, "timeshift must be positive"),
+    (SamplerConfig, {"order": 2}, "order 2: only adams_bashforth has one"),
+    (SamplerConfig, {"name": "adams_bashforth"}, "order None: adams_bashforth takes 1, 2, 3 or 4"),
+    (SamplerConfig, {"name": "adams_bashforth", "order": 5}, "order 5: adams_bashforth takes"),
+])
+def test_conflicts_between_fields(cls, change, message):
+    with pytest.raises(ConfigError, match=message):
+        load(cls, VALID[cls] | change)
+
+
+def test_terms_that_are_off_need_no_balance():
+    off = {"lpips_weight": 0.0, "pdino_weight": 0.0, "gated": [], "balance_start": None}
+    assert load(ObjectiveConfig, VALID[ObjectiveConfig] | off).balance_start is None

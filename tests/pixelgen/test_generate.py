@@ -1,0 +1,109 @@
+"""From an exported model to images."""
+
+import numpy as np
+import pytest
+import torch
+
+from pixelgen import PixelGen
+from pixelgen.checkpoint import CheckpointError, export
+from pixelgen.cli import main
+from pixelgen.config import SamplerConfig
+from tests.pixelgen.conftest import tiny_config, tiny_denoiser
+
+LABELS, SEEDS = [i % 4 for i in range(16)], list(range(100, 116))
+SAMPLERS = [SamplerConfig("euler", 3), SamplerConfig("heun", 4, 2.5, (0.1, 0.9), 2.0),
+            SamplerConfig("adams_bashforth", 4, 3.0, order=2)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return PixelGen(tiny_denoiser().eval())
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: s.name)
+@pytest.mark.parametrize("size", [1, 2, 7, 16])
+def test_an_image_depends_on_its_own_label_and_seed_alone(model, sampler, size):
+    """To the byte, if the network always sees as many samples as now; else up to the rounding of a few pixels."""
+    for batch_size in (4, None):
+        whole = model.generate(LABELS, SEEDS, sampler, batch_size)
+        assert whole.shape == (16, 16, 16, 3) and whole.dtype == np.uint8
+        parts = [model.generate(LABELS[i:i + size], SEEDS[i:i + size], sampler, batch_size) for i in range(0, 16, size)]
+        order = [5, 0, 11]
+        chosen = model.generate([LABELS[i] for i in order], [SEEDS[i] for i in order], sampler, batch_size)
+        apart = np.concatenate([*parts, chosen]).astype(int) - np.concatenate([whole, whole[order]])
+        if batch_size:
+            assert not apart.any()
+        else:
+            assert np.abs(apart).max() <= 1 and np.count_nonzero(apart) < 1e-3 * apart.size
+
+
+def test_label_and_seed_both_count(model):
+    images = model.generate([0, 0, 1], [1, 2, 1], SAMPLERS[0])
+    assert not np.array_equal(images[0], images[1]) and not np.array_equal(images[0], images[2])
+
+
+def test_images_are_those_that_the_sampler_ends_with(model):
+    """With a denoiser that always predicts the same grey, that grey."""
+    grey = tiny_denoiser()
+    torch.nn.init.zeros_(grey.final_layer.linear.weight)
+    torch.nn.init.constant_(grey.final_layer.linear.bias, 0.5)
+    images = PixelGen(grey.eval()).generate([0, 1], [0, 1], SAMPLERS[1])
+    assert (images == 191).all()  # (0.5 + 1)·127.5 = 191.25
+
+
+def test_noise_of_a_seed_is_its_own(model):
+    noise = model.noise([3, 4, 3])
+    assert noise.shape == (3, 3, 16, 16)
+    assert torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    assert torch.equal(model.noise([3])[0], noise[0])
+    assert torch.equal(torch.get_rng_state(), state), "the generator of everyone else is left alone"
+
+
+@pytest.mark.parametrize(("labels", "seeds", "message"), [
+    ([0, 4, 9], [0, 1, 2], r"labels \[4, 9\] are outside 0 to 3"),
+    ([-1], [0], r"labels \[-1\]"),
+    ([0, 1], [0], "2 labels, but 1 seeds"),
+    ([], [], "no labels"),
+])
+def test_wrong_labels_and_seeds_are_refused(model, labels, seeds, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(labels, seeds)
+
+
+def test_from_pretrained(tmp_path, model):
+    other = tiny_denoiser(1)
+    export(tmp_path, tiny_config(), model.denoiser.state_dict(), other.state_dict())
+    expected = model.generate([0, 1], [0, 1], SAMPLERS[1])
+    for source in (tmp_path, str(tmp_path)):
+        assert np.array_equal(PixelGen.from_pretrained(source).generate([0, 1], [0, 1], SAMPLERS[1]), expected)
+    raw = PixelGen.from_pretrained(tmp_path, weights="raw").generate([0, 1], [0, 1], SAMPLERS[1])
+    assert not np.array_equal(raw, expected)
+    low = PixelGen.from_pretrained(tmp_path, precision="bf16").generate([0, 1], [0, 1], SAMPLERS[1])
+    assert not np.array_equal(low, expected)
+    assert np.abs(low.astype(int) - expected).mean() < 8
+
+
+def test_from_pretrained_errors(tmp_path):
+    for source in (tmp_path, str(tmp_path / "nowhere"), "nowhere", "./nowhere/model"):
+        with pytest.raises(CheckpointError, match=r"there is no config\.json"):
+            PixelGen.from_pretrained(source)
+    with pytest.raises(ValueError, match="precision"):
+        PixelGen(tiny_denoiser(), precision="fp16")
+
+
+def test_command_line(tmp_path, capsys, model):
+    export(tmp_path / "m", tiny_config(), model.denoiser.state_dict(), model.denoiser.state_dict())
+    arguments = ["sample", str(tmp_path / "m"), str(tmp_path / "out.png"), "--steps", "2", "--labels"]
+    assert main([*arguments, "0", "3"]) == 0
+    from PIL import Image
+
+    picture = np.asarray(Image.open(tmp_path / "out.png"))
+    assert picture.shape == (16, 34, 3)
+    expected = model.generate([0, 3], [0, 1], SamplerConfig("heun", 2))
+    assert np.array_equal(picture[:, :16], expected[0]) and np.array_equal(picture[:, 18:], expected[1])
+    assert main([*arguments, "4"]) == 1
+    assert "labels [4] are outside 0 to 3" in capsys.readouterr().err
+    assert main([*arguments, "0", "--sampler", "adams_bashforth"]) == 1
+    assert "order None" in capsys.readouterr().err

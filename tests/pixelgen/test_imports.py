@@ -1,0 +1,44 @@
+"""The library needs no part of the workflow, and its package itself nothing heavy."""
+
+import subprocess
+import sys
+
+WORKFLOW = ("ray", "dvc", "boto3", "gradio")
+
+EVERY_MODULE = f"""
+import importlib, pkgutil, sys
+for name in {WORKFLOW}:
+    sys.modules[name] = None  # importing it is an ImportError
+import pixelgen
+names = [m.name for m in pkgutil.walk_packages(pixelgen.__path__, "pixelgen.")]
+assert "pixelgen.train" in names and "pixelgen.metrics.fid" in names
+for name in names:
+    importlib.import_module(name)
+"""
+
+NOTHING_HEAVY = """
+import sys
+import pixelgen, pixelgen.config, pixelgen.cli
+assert pixelgen.__version__
+loaded = {name.split(".")[0] for name in sys.modules}
+assert not loaded & {"torch", "numpy", "ray", "dvc", "boto3", "gradio", "timm", "lpips"}, loaded
+try:
+    pixelgen.PixelGan
+except AttributeError as error:
+    assert "PixelGan" in str(error)
+else:
+    raise AssertionError("an unknown name is an AttributeError")
+"""
+
+
+def run(code):
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+
+
+def test_every_module_imports_without_the_workflow():
+    run(EVERY_MODULE)
+
+
+def test_the_package_itself_imports_nothing_heavy():
+    run(NOTHING_HEAVY)
