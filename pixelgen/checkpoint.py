@@ -6,7 +6,6 @@ Nothing here executes code from a file: states are read with `weights_only`, mod
 import dataclasses
 import json
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,14 +40,21 @@ def save_state(state: TrainState, path: Path) -> None:
 
 def load_state(state: TrainState, path: Path) -> None:
     """Fill `state` from the file; any missing, extra or misshaped entry is an error."""
-    state.load_state_dict(read_state(path))
+    content = read_state(path)
+    expected = state.state_dict().keys()
+    if not isinstance(content, Mapping) or content.keys() != expected:
+        raise CheckpointError(f"{path}: not a training state, which has {', '.join(expected)}")
+    try:
+        state.load_state_dict(dict(content))
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: the state is of another model or optimizer: {error}") from error
 
 
 def read_state(path: Path) -> Any:
     """The content of a checkpoint file, tensors on the CPU; nothing in the file is executed."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # a damaged pickle can raise almost anything
         raise CheckpointError(f"{path}: cannot be read as a checkpoint of tensors and plain data: {error}") from error
 
 
@@ -115,7 +121,8 @@ def read_published(path: Path, in_context_start: int | None = None) -> tuple[Con
     """
     content = read_state(path)
     state = content.get("state_dict") if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not all(isinstance(k, str) and isinstance(v, Tensor)
+                                                 for k, v in state.items()):
         raise CheckpointError(f"{path}: not a Lightning checkpoint: there is no state_dict of tensors")
     groups: dict[str, Weights] = {"denoiser": {}, "ema_denoiser": {}, "diffusion_trainer.proj": {}}
     extra = []

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from pixelgen.checkpoint import load_denoiser
-from pixelgen.config import SamplerConfig
+from pixelgen.config import SamplerConfig, choose
 from pixelgen.images import to_uint8
 from pixelgen.models.jit import JiT
 from pixelgen.samplers import Callback, sample
@@ -21,7 +21,7 @@ class PixelGen:
     """
 
     def __init__(self, denoiser: JiT, precision: str = "fp32"):
-        self.denoiser, self.precision = denoiser, precision
+        self.denoiser, self.precision = denoiser, choose(precision, ["fp32", "bf16"], "precision")
 
     @classmethod
     def from_pretrained(cls, source: str | Path, weights: str = "ema", device: str | torch.device = "cpu",

@@ -83,13 +83,14 @@ def train_step(state: TrainState, model: nn.Module, lanes: Sequence[LaneBatch], 
 
     Returns the mean of every loss term over all lanes of all ranks.
     """
+    weight = state.percept_weight
     if objective.balances_at(state.step):
-        refresh_balance(state, lanes, objective, config)
+        weight = refreshed_balance(state, lanes, objective, config)
     state.optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
     for i, batch in enumerate(lanes):
         with synchronised(model, last=i == len(lanes) - 1):
-            losses = lane_losses(model, state, batch, objective, config)
+            losses = lane_losses(model, state, batch, objective, config, weight)
             (losses.total / len(lanes)).backward()
         for name, value in {"loss": losses.total, **losses.terms}.items():
             sums[name] = sums.get(name, 0) + value.detach()
@@ -101,19 +102,20 @@ def train_step(state: TrainState, model: nn.Module, lanes: Sequence[LaneBatch], 
 
     state.optimizer.step()
     ema_update(state.ema, state.model.denoiser, config.ema_decay)
+    state.percept_weight = weight
     state.step += 1
     return metrics
 
 
-def lane_losses(model: nn.Module, state: TrainState, batch: LaneBatch, objective: Objective, config: FitConfig
-                ) -> Losses:
+def lane_losses(model: nn.Module, state: TrainState, batch: LaneBatch, objective: Objective, config: FitConfig,
+                percept_weight: float) -> Losses:
     """The objective on one micro-batch. Noise, times, dropouts: the same whenever and wherever this is called."""
     torch.manual_seed(lane_seed(config.seed, batch.step, batch.lane))
     x = to_float(batch.images)
     null = torch.full_like(batch.labels, state.model.denoiser.null_label)
     draws = objective.draw(x, batch.labels, null)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        return objective(model, x, draws, state.percept_weight)
+        return objective(model, x, draws, percept_weight)
 
 
 def lane_seed(seed: int, step: int, lane: int) -> int:
@@ -121,22 +123,24 @@ def lane_seed(seed: int, step: int, lane: int) -> int:
     return int.from_bytes(digest[:8]) >> 1
 
 
-def refresh_balance(state: TrainState, lanes: Sequence[LaneBatch], objective: Objective, config: FitConfig) -> None:
-    """w ← 0.8·w + 0.2·(mean over all lanes of the gradient balance at the output layer), the same on every rank.
+def refreshed_balance(state: TrainState, lanes: Sequence[LaneBatch], objective: Objective, config: FitConfig
+                      ) -> float:
+    """0.8·w + 0.2·(mean over all lanes of the gradient balance at the output layer), the same on every rank.
 
     The balance is found in a forward pass of its own, before the step, since all lanes' steps need the new w.
     """
     weights = []
     for batch in lanes:
-        losses = lane_losses(state.model, state, batch, objective, config)
+        losses = lane_losses(state.model, state, batch, objective, config, state.percept_weight)
         if not losses.perceptual.requires_grad:  # no sample passed the gate: this lane has no say
             continue
         weights.append(balance_weight(losses.reconstruction, losses.perceptual, state.model.denoiser.output_weight))
     device = lanes[0].images.device
     total = torch.stack([*weights, torch.zeros((), device=device)]).sum()
     sums = mean_over_ranks(torch.stack([total, torch.tensor(float(len(weights)), device=device)]))
-    if sums[1] > 0:
-        state.percept_weight = 0.8 * state.percept_weight + 0.2 * (sums[0] / sums[1]).item()
+    if sums[1] == 0:
+        return state.percept_weight
+    return 0.8 * state.percept_weight + 0.2 * (sums[0] / sums[1]).item()
 
 
 def check_finite(metrics: dict[str, float], step: int, lanes: Sequence[LaneBatch]) -> None:
@@ -150,6 +154,8 @@ def fit(state: TrainState, batches: Iterator[Sequence[LaneBatch]], objective: Ob
         config: FitConfig, on_log: Callable[[dict[str, float]], None],
         on_checkpoint: Callable[[TrainState], None], on_grid: Callable[[TrainState], None]) -> None:
     """Train until `config.steps`. `batches` yields this rank's lanes, beginning at `state.step`."""
+    if state.step >= config.steps:
+        return
     model: nn.Module = state.model
     if config.compile:
         state.model.denoiser.compile()

@@ -28,6 +28,10 @@ def test_the_lock_covers_every_dependency():
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + [d for extra in project["optional-dependencies"].values() for d in extra]
-    names = {re.split(r"[\[>=; ]", d)[0].lower() for d in wanted}
-    locked = {line.split("==")[0].lower() for line in (ROOT / "requirements.lock").read_text().splitlines()}
+    names = {canonical(re.split(r"[\[>=; ]", d)[0]) for d in wanted}
+    locked = {canonical(line.split("==")[0]) for line in (ROOT / "requirements.lock").read_text().splitlines()}
     assert names <= locked, names - locked
+
+
+def canonical(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
