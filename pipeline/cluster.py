@@ -66,11 +66,11 @@ def read_cluster() -> Cluster:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def connect(cluster: Cluster, dashboard: bool = False) -> Any:
+def connect(cluster: Cluster) -> Any:
     """Start or join Ray; returns a context manager that leaves it again.
 
-    What workers print stays in Ray's own logs; what fails in them is raised here. Ray Train asks the dashboard of a
-    private Ray about its controller: it needs one.
+    What workers print stays in Ray's own logs; what fails in them is raised here. A private Ray has no dashboard: it
+    is ten more processes.
     """
     private = cluster.address is None
     if private:
@@ -78,7 +78,7 @@ def connect(cluster: Cluster, dashboard: bool = False) -> Any:
             os.environ.setdefault(name, value)
     import ray
 
-    return ray.init(address=cluster.address, include_dashboard=dashboard if private else None, log_to_driver=False,
+    return ray.init(address=cluster.address, include_dashboard=False if private else None, log_to_driver=False,
                     logging_level=logging.ERROR, configure_logging=True,
                     runtime_env={"env_vars": {"PYTHONPATH": str(Path.cwd())}} if private else None)
 

@@ -90,7 +90,7 @@ def train(run: Run) -> None:
     failure.unlink(missing_ok=True)
     shutil.rmtree(run.directory / "ray", ignore_errors=True)
     cluster = run.cluster
-    with connect(cluster, dashboard=True), Progress(run):
+    with connect(cluster), Progress(run):
         TorchTrainer(
             train_rank, train_loop_config={"run": run},
             torch_config=TorchConfig(backend="nccl" if cluster.device == "cuda" else "gloo"),
