@@ -53,16 +53,16 @@ def lease(path: Path, patience: float) -> Iterator[None]:
     with open(path, "a+") as file:
         while not _try_lock(file):
             file.seek(0)
-            holder = int(file.read() or 0)
-            if _is_orphan(holder):
+            holder, *supervisor = file.read().split() or ["0"]
+            if _is_orphan(supervisor):
                 print(f"stopping process {holder}, left over from an interrupted run", file=sys.stderr)
-                _stop(holder)
+                _stop(int(holder))
             elif time.monotonic() > deadline:
                 raise StorageError(f"{path.parent} is in use by process {holder}: wait for it, or stop it, and try "
                                    "again")
             time.sleep(0.2)
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(" ".join([str(os.getpid()), *_supervisor()]))
         file.flush()
         yield
 
@@ -75,13 +75,24 @@ def _try_lock(file: IO[str]) -> bool:
     return True
 
 
-def _is_orphan(pid: int) -> bool:
-    """Whether a stage's parent, the shell that dvc started it in, has lost its own parent (or is itself gone)."""
-    try:
-        parents = psutil.Process(pid).parents()
-    except psutil.NoSuchProcess:
+def _supervisor() -> list[str]:
+    """Process id and start time of the dvc that runs this stage; nothing if there is none."""
+    for process in psutil.Process().parents():
+        with contextlib.suppress(psutil.Error):
+            if any(Path(argument).name == "dvc" for argument in process.cmdline()[:4]):
+                return [str(process.pid), str(process.create_time())]
+    return []
+
+
+def _is_orphan(supervisor: list[str]) -> bool:
+    """Whether a stage was run by a dvc that is no more. One that was started by hand never is an orphan."""
+    if not supervisor:
         return False
-    return len(parents) < 2 or (parents[1].pid == 1 and parents[0].name() in ("sh", "bash", "dash"))
+    pid, started = supervisor
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(int(pid))
+        return process.status() == psutil.STATUS_ZOMBIE or str(process.create_time()) != started
+    return True
 
 
 def _stop(pid: int) -> None:

@@ -80,4 +80,5 @@ class PixelGen:
     def noise(self, seeds: Sequence[int]) -> torch.Tensor:
         """Starting noise (N, 3, H, W), row i from `seeds[i]` alone; drawn on the CPU, the same on every device."""
         size = self.denoiser.config.image_size
-        return torch.stack([torch.randn(3, size, size, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        return torch.stack([torch.randn(3, size, size, generator=torch.Generator().manual_seed(int(s)))
+                            for s in seeds])

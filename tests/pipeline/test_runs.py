@@ -60,7 +60,7 @@ def test_a_lease_keeps_others_out_and_ends_with_its_process(tmp_path):
         holder.send_signal(signal.SIGKILL)
         holder.wait()
         with runs.lease(tmp_path / "lease", patience=5):
-            assert (tmp_path / "lease").read_text() == str(os.getpid())
+            assert (tmp_path / "lease").read_text().split()[0] == str(os.getpid())
     finally:
         holder.kill()
         holder.wait()
@@ -71,7 +71,7 @@ def test_an_orphan_is_stopped(tmp_path, monkeypatch):
     holder = start_holder(tmp_path / "lease")
     try:
         assert holder.stdout.readline() == "held\n"
-        monkeypatch.setattr(runs, "_is_orphan", lambda pid: pid == holder.pid)
+        monkeypatch.setattr(runs, "_is_orphan", lambda supervisor: psutil.pid_exists(holder.pid))
         start = time.monotonic()
         with runs.lease(tmp_path / "lease", patience=0):
             assert time.monotonic() - start < 20
@@ -81,17 +81,23 @@ def test_an_orphan_is_stopped(tmp_path, monkeypatch):
         holder.wait()
 
 
-def test_who_is_an_orphan(tmp_path):
-    """A child of a living shell of a living parent is none; once the parent is gone, it is."""
-    assert not runs._is_orphan(os.getpid())
-    script = ("import subprocess; "
-              "print(subprocess.Popen(['sh', '-c', 'sleep 60; true'], stdout=subprocess.DEVNULL).pid)")
-    parent = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True)
-    shell = int(parent.stdout)
-    time.sleep(0.3)
-    (stage,) = psutil.Process(shell).children()
-    try:
-        assert runs._is_orphan(stage.pid)
-    finally:
-        psutil.Process(shell).kill()
-        stage.kill()
+def test_who_is_an_orphan():
+    """A stage whose dvc is gone, or whose dvc's number has passed to another process; never one started by hand."""
+    this = psutil.Process()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    assert not runs._is_orphan([])
+    assert not runs._is_orphan([str(this.pid), str(this.create_time())])
+    assert runs._is_orphan([str(this.pid), str(this.create_time() - 1)])
+    assert runs._is_orphan([str(ended.pid), str(time.time())])
+
+
+def test_the_supervisor_is_the_dvc_above(tmp_path):
+    """Through the shell in which dvc starts a stage."""
+    program = "from pipeline.runs import _supervisor; print(*_supervisor())"
+    (tmp_path / "dvc").write_text(
+        "import os, subprocess, sys\nprint(os.getpid(), flush=True)\n"
+        f"subprocess.run(['sh', '-c', '{sys.executable} -c \"{program}\"; true'], check=True)\n")
+    done = subprocess.run([sys.executable, str(tmp_path / "dvc")], stdout=subprocess.PIPE, text=True, check=True)
+    dvc, found = done.stdout.splitlines()
+    assert found.split()[0] == dvc
