@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from pixelgen.config import ConfigError, ObjectiveConfig
 from pixelgen.encoders.dino import MEAN, PATCH, STD, interpolate_positions, load_dino
-from pixelgen.encoders.lpips import load_lpips
+from pixelgen.encoders.lpips import load_lpips, unit
 from pixelgen.losses import balance_weight, feature_distance
 from pixelgen.objective import Draws, Objective, WithProjector, repa_projector
 from tests.pixelgen.conftest import (
@@ -95,6 +95,15 @@ def test_dino_runs_once_on_the_clean_images():
 
     run(dino=Counting(), pdino_block=0, gated=("lpips", "pdino"))
     assert calls == [(False, 4, [1, 0]), (True, 2, [0])]
+
+
+def test_repa_looks_at_the_last_block_and_pdino_at_its_own():
+    prediction, projected = X + some_images(4, seed=9) / 4, some_images(4, seed=8)[:, 0, :4, :6]
+    for block in (0, 1):
+        terms = run(pdino_block=block)[0].terms
+        real, drawn = (StandInDino()(images, [0, 1]) for images in (X, prediction))
+        torch.testing.assert_close(terms["repa"], feature_distance(projected, real[1]).mean())
+        torch.testing.assert_close(terms["pdino"], feature_distance(drawn[block], real[block]).mean())
 
 
 def test_lpips_sees_a_patch_as_16_pixels():
@@ -223,6 +232,13 @@ def test_lpips_of_images_without_any_feature(metric, tmp_path, level):
     dead = copy.deepcopy(metric)
     dead.net.load_state_dict(ours.metric.net.state_dict())
     assert_same_distances(ours, dead, torch.full((1, 3, 64, 64), level), some_images(1, 64))
+
+
+def test_a_feature_without_length_has_a_finite_gradient():
+    feature = torch.zeros(1, 3, 1, 1, requires_grad=True)
+    scaled = unit(feature)
+    scaled.sum().backward()
+    assert not scaled.any() and feature.grad.isfinite().all()
 
 
 def test_lpips_takes_no_other_weights(metric, tmp_path):
