@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -87,7 +88,10 @@ def load_denoiser(directory: Path, weights: str = "ema") -> JiT | JiTText:
     """The exported model of `directory`, in eval mode on the CPU. `weights`: ema or raw."""
     config = read_config(directory)
     file = directory / f"{weights}.safetensors"
-    state = load_file(file)
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
     check_weights(config, state, str(file))
     model = build_denoiser(config)
     model.load_state_dict(state)

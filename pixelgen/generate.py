@@ -53,7 +53,7 @@ class PixelGen:
         classes = self.denoiser.config.num_classes
         if len(labels) != len(seeds):
             raise ValueError(f"{len(labels)} labels, but {len(seeds)} seeds: one seed for each image")
-        if not labels:
+        if len(labels) == 0:
             raise ValueError("no labels: nothing to draw")
         if wrong := sorted({y for y in labels if not 0 <= y < classes}):
             raise ValueError(f"labels {wrong} are outside 0 to {classes - 1}")

@@ -36,8 +36,7 @@ def load_lpips(directory: str | Path) -> "Lpips":
 class Lpips(nn.Module):
     """Distance of two batches of images (B, 3, H, W) in [-1, 1] -> (B,). The second batch takes no gradient.
 
-    Equal to `lpips.LPIPS` in value. Its gradient is finite everywhere: there the norm of an all-zero feature vector
-    (a dead ReLU pixel) has an infinite derivative, and the product with zero is NaN.
+    Equal to `lpips.LPIPS` in value and gradient; the second batch's features are computed without a graph.
     """
 
     def __init__(self, metric: nn.Module):
@@ -58,5 +57,5 @@ class Lpips(nn.Module):
 
 
 def unit(x: Tensor) -> Tensor:
-    """Scale channels to unit length; a zero vector stays zero, with gradient zero instead of NaN."""
+    """Scale channels to unit length; a zero vector stays zero, with a finite gradient (which ReLU then masks)."""
     return x / (x.square().sum(1, keepdim=True).clamp_min(TINY**2).sqrt() + TINY)
