@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pixelgen.config import ConfigError, DenoiserConfig, TextDenoiserConfig, choose, load
 from pixelgen.models import KINDS, SIZES, build_denoiser
@@ -92,16 +92,15 @@ def load_denoiser(directory: Path, weights: str = "ema") -> JiT | JiTText:
         state = load_file(file)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
-    check_weights(config, state, str(file))
     model = build_denoiser(config)
+    check_weights(model, state, str(file))
     model.load_state_dict(state)
     return model.eval().requires_grad_(False)
 
 
-def check_weights(config: Config, weights: Weights, source: str) -> None:
-    """CheckpointError that lists every missing, extra and misshaped entry, unless `weights` fit `config` exactly."""
-    with torch.device("meta"):
-        expected = {k: tuple(v.shape) for k, v in build_denoiser(config).state_dict().items()}
+def check_weights(model: nn.Module, weights: Weights, source: str) -> None:
+    """CheckpointError that lists every missing, extra and misshaped entry, unless `weights` fit `model` exactly."""
+    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     missing = sorted(expected.keys() - weights.keys())
     extra = sorted(weights.keys() - expected.keys())
     misshaped = [f"{k}: {tuple(weights[k].shape)} instead of {expected[k]}"
@@ -142,8 +141,10 @@ def read_published(path: Path, in_context_start: int | None = None) -> tuple[Con
         raise CheckpointError(f"{path}: extra ({len(extra)}): {', '.join(sorted(extra)) or 'none'}; "
                               f"without any entry: {', '.join(empty) or 'none'}")
     config = infer_config(groups["ema_denoiser"], str(path), in_context_start)
+    with torch.device("meta"):
+        model = build_denoiser(config)
     for name in ("ema_denoiser", "denoiser"):
-        check_weights(config, groups[name], f"{path}: {name}")
+        check_weights(model, groups[name], f"{path}: {name}")
     return config, groups["ema_denoiser"], groups["denoiser"]
 
 

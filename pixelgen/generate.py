@@ -16,7 +16,7 @@ from pixelgen.samplers import Callback, sample
 class PixelGen:
     """A trained denoiser that draws images.
 
-    >>> model = PixelGen.from_pretrained("out/train/c2i")
+    >>> model = PixelGen.from_pretrained("out/train/c2i/model")
     >>> images = model.generate(labels=[3, 7], seeds=[0, 1])   # (2, H, W, 3) uint8
     """
 

@@ -1,5 +1,6 @@
 """sample: images of every class from a trained model, by Ray Data actors; finished parts survive an interruption."""
 
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from tqdm import tqdm
 from pipeline.cluster import Cluster, connect, ray_data, read_cluster
 from pipeline.params import SampleParams, read_params, stage_params
 from pipeline.runs import lease, run_directory, run_stage
-from pipeline.storage import MANIFEST, fresh_directory, publish, read_manifest, sha256
+from pipeline.storage import MANIFEST, fresh_directory, publish, read_manifest, sha256, write_atomic
 from pixelgen.generate import PixelGen
 from pixelgen.images import grid
 
@@ -77,10 +78,9 @@ class Artist:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         (path,), (labels,), (seeds,) = batch["path"], batch["labels"], batch["seeds"]
         images = self.model.generate([int(y) for y in labels], [int(s) for s in seeds], self.sampler, COMPUTED)
-        partial = Path(path).with_suffix(".partial")
-        with open(partial, "wb") as file:
-            np.save(file, images)
-        partial.rename(path)
+        data = io.BytesIO()
+        np.save(data, images)
+        write_atomic(Path(path), data.getvalue())
         return {"path": batch["path"]}
 
 
