@@ -1,6 +1,6 @@
 """Shards on disk, and the deterministic order in which training reads them.
 
-A shard is a Parquet file of the columns `SCHEMA`, images as PNG bytes. The order is a plan, a pure function of
+A shard is a Parquet file of the columns `SCHEMA`, images as PNG or JPEG bytes. The order is a plan, a pure function of
 (seed, epoch) and of the number of rows in each shard: shards are permuted, their rows laid end to end in a ring,
 the ring is cut at a random place and from there into equal segments, one a lane, and rows are shuffled inside
 windows of `WINDOW` steps. Nothing depends on how many ranks there are or where a run was interrupted. The few rows
@@ -30,7 +30,9 @@ if TYPE_CHECKING:  # torch is not for the processes that only read shards: impor
 
     from pixelgen.train import LaneBatch
 
-SCHEMA = pa.schema([("key", pa.string()), ("image", pa.binary()), ("label", pa.int32())])
+# label is null in captioned data, captions in labelled; captions have one entry, or null, per column of the source
+SCHEMA = pa.schema([("key", pa.string()), ("image", pa.binary()), ("label", pa.int32()),
+                    ("captions", pa.list_(pa.string()))])
 WINDOW = 16  # steps whose rows are read and shuffled together
 READ_AHEAD = 2  # windows that a rank keeps in preparation
 
@@ -47,23 +49,25 @@ class Split:
         return sum(self.rows)
 
 
-def open_split(directory: Path, name: str) -> Split:
-    """The split `name` of a dataset directory. StorageError if the directory is unfinished, KeyError if no such."""
+def open_split(directory: Path, name: str, source: str | None = None, size: int | None = None) -> Split:
+    """The split `name` of a dataset directory: of all its sources or of one, and of images of all stored sizes or
+    of those with at least `size` pixels on a side. StorageError if the directory is unfinished, KeyError if no such."""
     manifest = read_manifest(directory, "dataset")
-    shards = manifest["splits"][name]["shards"]
+    chosen = manifest["sources"] if source is None else {source: manifest["sources"][source]}
+    shards = [s for of in chosen.values() for s in of["splits"][name]["shards"] if size is None or s["size"] >= size]
     if strangers := {s["path"] for s in shards} - {f["path"] for f in manifest["files"]}:
         raise StorageError(f"{directory}: the manifest has no checksum of {', '.join(sorted(strangers))}: "
                            f"delete {directory} and run `dvc repro`")
     return Split(tuple(str(directory / s["path"]) for s in shards), tuple(s["rows"] for s in shards))
 
 
-def decode(png: bytes) -> np.ndarray:
-    """PNG bytes of a shard -> (H, W, 3) uint8."""
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+def decode(encoded: bytes) -> np.ndarray:
+    """PNG or JPEG bytes of a shard -> (H, W, 3) uint8."""
+    return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
 
 
 def read_images(split: Split, limit: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images (n, H, W, 3) uint8 and labels (n,) of each shard in turn, at most `limit` images in all."""
+    """Images (n, H, W, 3) uint8 and labels (n,) of each shard of labelled images in turn, at most `limit` in all."""
     left = split.total if limit is None else limit
     for path in split.paths:
         if left <= 0:

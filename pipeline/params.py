@@ -7,6 +7,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -46,31 +47,73 @@ class WeightsParams:
                 "directory is for published weights; demo makes its own: set it to null")
 
 
-@dataclass(frozen=True)
-class DatasetParams:
-    """One source of labelled images and how it is cut into shards."""
+LABELLED = ("digits", "image_folder")  # the other formats bring captions
 
-    source: Literal["digits", "image_folder"]
-    path: str | None  # image_folder: a folder with one sub-folder of images per class
-    image_size: int  # pixels on a side after ADM's resize and centre crop
-    rows_per_shard: int
-    heldout: float | None  # image_folder: share of the images kept from training; digits brings its own split
-    max_quarantined: float  # largest share of unreadable files; more of them stop the stage
-    max_megapixels: float  # images of more pixels are quarantined unread (decompression bombs)
-    seed: int  # of the order in which images are dealt to shards
+
+@dataclass(frozen=True)
+class SourceParams:
+    """Where the images of a dataset come from, and which captions with them."""
+
+    format: Literal["digits", "image_folder", "scenes", "webdataset", "parquet", "text_folder"]
+    path: str | None  # folder of the images or containers; digits and scenes are made here
+    captions: dict[str, float] | None  # columns of captions -> how often, relatively, each is drawn in training
+    image: str | None  # column (parquet) or member (webdataset) of the image
 
     def __post_init__(self) -> None:
-        require(self.image_size >= 8, f"image_size {self.image_size} must be at least 8")
+        made = self.format in ("digits", "scenes")
+        require(not made or self.path is None, f"path: {self.format} are made here: set it to null")
+        require(made or self.path is not None, f"path: {self.format} needs the folder of the images")
+        if self.format in LABELLED:
+            require(self.captions is None, f"captions: {self.format} has labels instead: set it to null")
+        else:
+            require(bool(self.captions), f"captions: {self.format} needs the columns of captions and their weights")
+            weights = list((self.captions or {}).values())
+            require(min(weights) >= 0 and max(weights) > 0, f"captions: of the weights {weights} none may be negative "
+                    "and one must be positive")
+        require((self.image is not None) == (self.format in ("webdataset", "parquet")),
+                f"image: {self.format} " + ("has no columns: set it to null" if self.image is not None else
+                                            "needs the name of the column or member that holds the image"))
+
+
+@dataclass(frozen=True)
+class DatasetParams:
+    """Sources of images, all labelled or all captioned, and how they are cut into shards."""
+
+    sources: dict[str, SourceParams]  # mixed in training; labelled data has exactly one
+    image_sizes: tuple[int, ...]  # pixels on a side, ascending: each image is stored at the largest that it reaches
+    crop: Literal["adm", "plain"]  # adm: ADM's resize and centre crop; plain: bilinear to the short side, centre crop
+    encoding: Literal["png", "jpeg"]  # jpeg: quality 95, 4:4:4, for what would take many terabytes as PNG
+    rows_per_shard: int  # at most; a task also holds about one shard of each size in memory
+    heldout: float | None  # share of the images kept from training; digits brings its own split
+    max_quarantined: float  # largest share of unusable images; more of them stop the stage
+    max_megapixels: float  # images of more pixels are quarantined unread (decompression bombs)
+    seed: int  # of the order of images in the shards
+
+    def __post_init__(self) -> None:
+        require(bool(self.sources), "sources: at least one is needed")
+        for name in self.sources:
+            require(re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII) is not None,
+                    f"sources: {name!r} names files: use letters, digits, _, - and .")
+        require(self.image_sizes != () and list(self.image_sizes) == sorted(set(self.image_sizes)),
+                f"image_sizes {list(self.image_sizes)} must be ascending, and at least one")
+        require(self.image_sizes[0] >= 8, f"image_sizes: {self.image_sizes[0]} must be at least 8")
         require(self.rows_per_shard >= 1, "rows_per_shard must be at least 1")
         require(0 <= self.max_quarantined < 1, f"max_quarantined {self.max_quarantined} must lie in [0, 1)")
         require(self.max_megapixels > 0, "max_megapixels must be positive")
-        if self.source == "digits":
-            require(self.path is None and self.heldout is None,
-                    "digits come with scikit-learn and their own split: set path and heldout to null")
+        formats = [source.format for source in self.sources.values()]
+        if self.labelled:
+            require(len(formats) == 1, "sources: labelled data has exactly one; labels of several would be mixed up")
+            require(len(self.image_sizes) == 1, "image_sizes: labelled data has exactly one")
+        if formats == ["digits"]:
+            require(self.heldout is None, "heldout: digits come with their own split: set it to null")
         else:
-            require(self.path is not None, f"path: {self.source} needs the folder of the images")
-            require(self.heldout is not None and 0 <= self.heldout < 1,
-                    f"heldout {self.heldout} must lie in [0, 1): {self.source} needs the share of held-out images")
+            require(self.heldout is not None and 0 <= self.heldout < 1, f"heldout {self.heldout} must lie in [0, 1): "
+                    f"{formats[0]} needs the share of held-out images")
+
+    @property
+    def labelled(self) -> bool:
+        """Whether its images have labels; otherwise they have captions."""
+        return any(source.format in LABELLED for source in self.sources.values())
 
 
 @dataclass(frozen=True)
@@ -153,9 +196,9 @@ class Params:
     def __post_init__(self) -> None:
         for key, train in self.train.items():
             choose(train.dataset, list(self.datasets), f"train.{key}.dataset")
-            size = self.datasets[train.dataset].image_size
-            require(train.denoiser.image_size == size, f"train.{key}.denoiser.image_size {train.denoiser.image_size} "
-                    f"differs from datasets.{train.dataset}.image_size {size}")
+            sizes = list(self.datasets[train.dataset].image_sizes)
+            require(train.denoiser.image_size in sizes, f"train.{key}.denoiser.image_size {train.denoiser.image_size} "
+                    f"is none of datasets.{train.dataset}.image_sizes {sizes}")
         for key, reference in self.reference.items():
             choose(reference.dataset, list(self.datasets), f"reference.{key}.dataset")
             require(reference.extractor != "digits" or self.weights.source == "demo",

@@ -34,6 +34,14 @@ def adm_crop(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(center_crop(adm_resize(image, size), size))
 
 
+def plain_crop(image: Image.Image, size: int) -> np.ndarray:
+    """One antialiased bilinear step to a shorter side of `size`, then the centre crop, of an RGB image
+    -> (size, size, 3) uint8."""
+    scale = size / min(image.size)
+    resized = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
+    return np.asarray(center_crop(resized, size))
+
+
 def to_float(images: Tensor) -> Tensor:
     """uint8 [0, 255] -> float32 [-1, 1]."""
     return images.float() / 127.5 - 1

@@ -10,21 +10,21 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from pipeline.datasets import Item
-from pipeline.params import DatasetParams
+from pipeline.datasets import SPLITS, Item, Sample
+from pipeline.params import DatasetParams, SourceParams
 from pixelgen.images import adm_crop
 
 CLASSES = [str(digit) for digit in range(10)]
 PARTS = {"train": slice(95), "judge": slice(95, 150), "heldout": slice(150, None)}  # of each class, shuffled
 
 
-def listing(params: DatasetParams) -> tuple[list[str], list[Item]]:
-    return CLASSES, [Item(f"digits/{index:04}", int(bundled()[1][index]), split)
-                     for split in ("train", "heldout") for index in members(split)]
+def listing(data: DatasetParams, source: SourceParams) -> tuple[list[str], list[Item]]:
+    return CLASSES, [Item(f"{index:04}", int(bundled()[1][index]), split)
+                     for split in SPLITS for index in members(split)]
 
 
-def load(params: DatasetParams, item: Item) -> Image.Image:
-    return image(int(item.key.removeprefix("digits/")))
+def load(data: DatasetParams, source: SourceParams, item: Item) -> Sample:
+    return Sample(image(int(item.key)), item.split, item.label)
 
 
 def digits(split: Literal["train", "judge", "heldout"], size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,15 +8,33 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.params import DatasetParams
+from pipeline.params import DatasetParams, SourceParams
 
 SIZE = 32  # of the shards
 
 
-def folder_params(path: Path, **changes) -> DatasetParams:
-    values = {"source": "image_folder", "path": str(path), "image_size": SIZE, "rows_per_shard": 4, "heldout": 0.0,
-              "max_quarantined": 0.0, "max_megapixels": 4.0, "seed": 0}
+def params_of(source: SourceParams, **changes) -> DatasetParams:
+    """A dataset of one source, named as its format."""
+    values = {"sources": {source.format: source}, "image_sizes": (SIZE,), "crop": "adm", "encoding": "png",
+              "rows_per_shard": 4, "heldout": 0.0, "max_quarantined": 0.0, "max_megapixels": 4.0, "seed": 0}
     return DatasetParams(**values | changes)
+
+
+def folder_params(path: Path, **changes) -> DatasetParams:
+    return params_of(SourceParams("image_folder", str(path), None, None), **changes)
+
+
+def only(data: DatasetParams) -> tuple[DatasetParams, SourceParams]:
+    """What the functions of a source are called with: the dataset, and its one source."""
+    (source,) = data.sources.values()
+    return data, source
+
+
+def make_run(path: Path) -> Path:
+    """An empty run directory of the shard stage."""
+    for name in ("shards", "reports"):
+        (path / name).mkdir(parents=True)
+    return path
 
 
 def picture(seed: int, width: int = 48, height: int = 40) -> Image.Image:

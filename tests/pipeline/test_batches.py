@@ -126,9 +126,9 @@ def dataset(tmp_path_factory):
             table.append({"key": f"k{number}", "image": (directory / "one.png").read_bytes(), "label": number})
             number += 1
         pq.write_table(pa.Table.from_pylist(table, schema=SCHEMA), directory / f"train-{n}.parquet")
-        shards.append({"path": f"train-{n}.parquet", "rows": rows})
+        shards.append({"path": f"train-{n}.parquet", "rows": rows, "size": 8})
     (directory / "one.png").unlink()
-    publish(directory, "dataset", {}, splits={"train": {"shards": shards}})
+    publish(directory, "dataset", {}, sources={"all": {"splits": {"train": {"shards": shards}}}})
     return directory
 
 
@@ -146,7 +146,8 @@ def test_images_are_read_in_order_and_up_to_a_limit(dataset):
 
 def test_a_manifest_cannot_name_shards_that_it_holds_no_checksum_of(dataset, tmp_path):
     manifest = json.loads((dataset / MANIFEST).read_text())
-    manifest["splits"]["train"]["shards"].append({"path": "../elsewhere.parquet", "rows": 3})
+    manifest["sources"]["all"]["splits"]["train"]["shards"].append(
+        {"path": "../elsewhere.parquet", "rows": 3, "size": 8})
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(StorageError, match=r"no checksum of \.\./elsewhere\.parquet: delete"):
         open_split(tmp_path, "train")

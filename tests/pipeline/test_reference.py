@@ -1,6 +1,7 @@
 """The reference stage with an extractor that can be checked by hand."""
 
 import dataclasses
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,13 +10,13 @@ import pytest
 import torch
 
 from pipeline.batches import open_split, read_images
-from pipeline.datasets import image_folder
+from pipeline.datasets import work
 from pipeline.params import ReferenceParams
-from pipeline.stages import reference, shard
+from pipeline.stages import reference
 from pipeline.storage import StorageError, publish, read_manifest
 from pixelgen.config import ConfigError
 from pixelgen.metrics import fid
-from tests.pipeline.folders import SIZE, folder_params, make_plain
+from tests.pipeline.folders import SIZE, folder_params, make_plain, make_run, only
 
 PARAMS = ReferenceParams("plain", "digits", None, 7, 4)
 
@@ -42,12 +43,15 @@ def stage(tmp_path, monkeypatch):
     chosen: dict[str, ReferenceParams] = {}
     params = folder_params(make_plain(tmp_path / "data", classes=2, each=10), rows_per_shard=6)
     out = tmp_path / "out" / "shard" / "plain"
-    out.mkdir(parents=True)
-    shards = shard.deal(image_folder.listing(params)[1], 6, 0)
-    for name, items in shards.items():
-        shard.write_shard(name, items, params, out)
-    entries = [{"path": name, "rows": len(items)} for name, items in shards.items()]
-    publish(out, "dataset", params, splits={"train": {"shards": entries}, "heldout": {"shards": []}})
+    out.parent.mkdir(parents=True)
+    run = make_run(tmp_path / "run")
+    shards = []
+    for number, task in enumerate(work.SOURCES["image_folder"].tasks(*only(params))[1]):
+        work.write_job(work.Job("image_folder", number, task), params, run)
+        shards += work.read_report(run, f"image_folder-{number:05}")["shards"]
+    shutil.move(run / "shards", out)
+    splits = {"train": {"shards": shards}, "heldout": {"shards": []}}
+    publish(out, "dataset", params, sources={"image_folder": {"splits": splits}})
 
     def run(params):
         chosen["name"] = params

@@ -13,45 +13,56 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
 from pipeline import runs
 from pipeline.batches import SCHEMA, open_split, read_images
-from pipeline.datasets import DatasetError, Item, digits, image_folder
-from pipeline.params import DatasetParams
+from pipeline.datasets import DatasetError, Item, Task, deal, digits, image_folder
+from pipeline.datasets.work import Job, read_report, write_job
+from pipeline.params import DatasetParams, SourceParams
 from pipeline.stages import shard
 from pipeline.storage import StorageError, check_file, read_manifest
 from pixelgen.config import ConfigError
-from pixelgen.images import adm_crop
-from tests.pipeline.folders import SIZE, folder_params, make_bad, make_good, make_plain, picture
+from pixelgen.images import adm_crop, plain_crop
+from tests.pipeline.folders import (
+    SIZE,
+    folder_params,
+    make_bad,
+    make_good,
+    make_plain,
+    make_run,
+    only,
+    params_of,
+    picture,
+)
 
-DIGITS = DatasetParams("digits", None, 16, 200, None, 0.0, 1.0, 3)
+DIGITS = params_of(SourceParams("digits", None, None, None), image_sizes=(16,), rows_per_shard=200, heldout=None,
+                   max_megapixels=1.0, seed=3)
 
 
 # ----------------------------------------------------------------------------------------------------- dealing
 
 
 @given(st.lists(st.sampled_from(["train", "heldout"]), max_size=60), st.integers(1, 20), st.integers(0, 3))
-def test_every_item_is_dealt_once_and_shards_are_even(splits, rows_per_shard, seed):
+def test_every_item_is_dealt_once_and_tasks_are_even(splits, rows_per_shard, seed):
     items = [Item(f"k{n}", 0, split) for n, split in enumerate(splits)]
-    shards = shard.deal(items, rows_per_shard, seed)
-    assert sorted(i.key for part in shards.values() for i in part) == sorted(i.key for i in items)
-    assert list(shards) == sorted(shards, key=lambda name: (name.startswith("heldout"), name))
+    tasks = deal(items, rows_per_shard, seed)
+    assert sorted(i.key for task in tasks for i in task.items) == sorted(i.key for i in items)
     for split in ("train", "heldout"):
-        sizes = [len(part) for name, part in shards.items() if name.startswith(split)]
+        sizes = [task.samples for task in tasks if task.items[0].split == split]
         assert len(sizes) == -(-splits.count(split) // rows_per_shard)
         assert not sizes or (max(sizes) <= rows_per_shard and max(sizes) - min(sizes) <= 1)
-        assert all(i.split == split for name, part in shards.items() if name.startswith(split) for i in part)
-    assert shards == shard.deal(items, rows_per_shard, seed)
+    assert all(len({i.split for i in t.items}) == 1 and len(t.items) == t.samples and not t.shuffle for t in tasks)
+    assert tasks == deal(items, rows_per_shard, seed)
 
 
-def test_each_shard_is_a_random_sample_of_all_classes():
+def test_each_task_is_a_random_sample_of_all_classes():
     items = [Item(f"{label}/{n}", label, "train") for label in range(4) for n in range(250)]
-    shards = shard.deal(items, 100, seed=0)
-    assert list(shards)[:2] == ["train-00000.parquet", "train-00001.parquet"] and len(shards) == 10
-    for part in shards.values():
-        assert min(np.bincount([i.label for i in part], minlength=4)) >= 10  # 25 ± 4.1 expected
-    assert shards != shard.deal(items, 100, seed=1)
+    tasks = deal(items, 100, seed=0)
+    assert len(tasks) == 10
+    for task in tasks:
+        assert min(np.bincount([i.label for i in task.items], minlength=4)) >= 10  # 25 ± 4.1 expected
+    assert tasks != deal(items, 100, seed=1)
 
 
 # ----------------------------------------------------------------------------------------------------- writing
@@ -66,57 +77,80 @@ def hostile(tmp_path_factory):
     return folder_params(root / "data"), good, bad
 
 
-def test_a_shard_holds_the_crops_and_its_report(hostile, tmp_path):
+def job_of(params, items, number=0):
+    return Job(next(iter(params.sources)), number, Task(items, len(items), shuffle=False))
+
+
+def test_a_shard_holds_the_crops_and_the_report_the_rest(hostile, tmp_path):
     params, good, bad = hostile
-    items = image_folder.listing(params)[1][::-1]
-    assert shard.write_shard("a.parquet", items, params, tmp_path) == {"name": "a.parquet"}
-    assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
-    table = pq.read_table(tmp_path / "a.parquet")
+    params = dataclasses.replace(params, rows_per_shard=100)
+    items, run = image_folder.listing(*only(params))[1][::-1], make_run(tmp_path)
+    assert write_job(job_of(params, items), params, run) == "image_folder-00000"
+    (path,) = (run / "shards").iterdir()
+    assert path.name == "image_folder-train-32-00000-0000.parquet"
+    table = pq.read_table(path)
     assert table.schema.equals(SCHEMA)
-    keys = table["key"].to_pylist()
+    keys = [key.removeprefix("image_folder/") for key in table["key"].to_pylist()]
     assert keys == [i.key for i in items if i.key.removeprefix("good/") in good or i.key == "mixed/ok.png"]
-    assert "good/naïve ☃\n\t'\".bmp" in keys
+    assert "good/naïve ☃\n\t'\".bmp" in keys and set(table["captions"].to_pylist()) == {None}
     for key, label, png in zip(keys, table["label"].to_pylist(), table["image"].to_pylist(), strict=True):
         item = next(i for i in items if i.key == key)
         image = Image.open(io.BytesIO(png))
         assert (image.format, image.mode, image.size, label) == ("PNG", "RGB", (SIZE, SIZE), item.label)
-        assert np.array_equal(image, adm_crop(image_folder.load(params, item), SIZE))
-    report = shard.read_report(tmp_path / "a.parquet")
-    assert report["labels"] == table["label"].to_pylist() and report["enlarged"] == 1
-    assert {key for key, _ in report["rejected"]} == {f"mixed/{name}" for name in bad}
+        assert np.array_equal(image, adm_crop(image_folder.load(*only(params), item).image, SIZE))
+    report = read_report(run, "image_folder-00000")
+    assert report["shards"] == [{"path": path.name, "split": "train", "size": SIZE, "rows": len(good) + 1,
+                                 "bytes": path.stat().st_size, "labels": table["label"].to_pylist()}]
+    assert report["enlarged"] == 1 and report["skipped"] == report["captions_cut"] == 0
+    assert {key for key, _ in report["rejected"]} == {f"image_folder/mixed/{name}" for name in bad}
 
 
 def test_a_shard_written_again_has_the_same_bytes(hostile, tmp_path):
     params, _, _ = hostile
-    items = image_folder.listing(params)[1]
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        shard.write_shard("s.parquet", items, params, tmp_path / name)
-        shard.write_shard("s.parquet", items, params, tmp_path / name)
-    assert (tmp_path / "a" / "s.parquet").read_bytes() == (tmp_path / "b" / "s.parquet").read_bytes()
+    job = job_of(params, image_folder.listing(*only(params))[1])
+    for name in ("a", "a", "b"):
+        write_job(job, params, tmp_path / name if (tmp_path / name).exists() else make_run(tmp_path / name))
+    one, other = ({p.name: p.read_bytes() for p in (tmp_path / n / "shards").iterdir()} for n in "ab")
+    assert one == other and len(one) == 4  # 16 rows, 4 in each
 
 
 def test_digits_are_sharded_as_they_are_given(tmp_path):
-    items = [i for i in digits.listing(DIGITS)[1] if i.split == "heldout"]
-    shard.write_shard("s.parquet", items, DIGITS, tmp_path)
-    table = pq.read_table(tmp_path / "s.parquet")
+    items = [i for i in digits.listing(None, None)[1] if i.split == "heldout"]
+    params = dataclasses.replace(DIGITS, rows_per_shard=500)
+    write_job(job_of(params, items), params, make_run(tmp_path))
+    table = pq.read_table(tmp_path / "shards" / "digits-heldout-16-00000-0000.parquet")
     images, labels = digits.digits("heldout", 16)
     assert table["label"].to_pylist() == labels.tolist()
     assert all(np.array_equal(Image.open(io.BytesIO(png)), image)
                for png, image in zip(table["image"].to_pylist(), images, strict=True))
 
 
-def test_only_a_whole_shard_has_a_report(hostile, tmp_path):
-    params, _, _ = hostile
-    path = tmp_path / "s.parquet"
-    assert shard.read_report(path) is None
-    items = [i for i in image_folder.listing(params)[1] if i.key.startswith("mixed/cut")]
-    shard.write_shard(path.name, items, params, tmp_path)
-    assert shard.read_report(path)["labels"] == [] and len(shard.read_report(path)["rejected"]) == 6
-    whole = path.read_bytes()
-    for content in (b"", whole[:4], whole[:len(whole) // 2], whole[:-1], b"not a parquet file at all"):
-        path.write_bytes(content)
-        assert shard.read_report(path) is None
+def test_jpeg_is_smaller_and_close_and_keeps_all_its_colour(hostile, tmp_path):
+    params = dataclasses.replace(hostile[0], encoding="jpeg", crop="plain")
+    items = [i for i in image_folder.listing(*only(params))[1] if i.key == "good/plain.jpg"]
+    write_job(job_of(params, items), params, make_run(tmp_path))
+    (path,) = (tmp_path / "shards").iterdir()
+    image = Image.open(io.BytesIO(pq.read_table(path)["image"][0].as_py()))
+    exact = plain_crop(image_folder.load(*only(params), items[0]).image, SIZE)
+    assert image.format == "JPEG" and JpegImagePlugin.get_sampling(image) == 0  # 4:4:4
+    assert 0 < np.abs(np.asarray(image).astype(int) - exact).max() < 30
+
+
+def test_only_a_job_whose_shards_are_whole_has_a_report(hostile, tmp_path):
+    params, run = hostile[0], make_run(tmp_path)
+    assert read_report(run, "image_folder-00000") is None
+    items = image_folder.listing(*only(params))[1]
+    write_job(job_of(params, [i for i in items if i.key.startswith("mixed/cut")]), params, run)
+    report = read_report(run, "image_folder-00000")
+    assert report["shards"] == [] and len(report["rejected"]) == 6
+    write_job(job_of(params, items), params, run)
+    first = next((run / "shards").iterdir())
+    whole = first.read_bytes()
+    for content in (b"", whole[:4], whole[:-1]):
+        first.write_bytes(content)
+        assert read_report(run, "image_folder-00000") is None
+    first.unlink()
+    assert read_report(run, "image_folder-00000") is None
 
 
 # ------------------------------------------------------------------------------------------------- the stage
@@ -136,14 +170,14 @@ def stage(tmp_path, monkeypatch):
     written: list[str] = []
     stop_after: list[int] = []
 
-    def one_by_one(shards, params, cluster, directory):
-        for name, items in shards.items():
-            if shard.read_report(directory / name) is None:
+    def one_by_one(jobs, params, cluster, run):
+        for job in jobs:
+            if read_report(run, job.name) is None:
                 if stop_after and len(written) == stop_after[0]:
                     raise KeyboardInterrupt
-                written.append(name)
-                shard.write_shard(name, items, params, directory)
-            yield name, shard.read_report(directory / name)
+                written.append(job.name)
+                write_job(job, params, run)
+            yield job.name, read_report(run, job.name)
 
     monkeypatch.setattr(shard, "write_missing", one_by_one)
 
@@ -162,14 +196,18 @@ def test_the_manifest_counts_and_the_quarantine_list(stage, hostile):
     params, good, bad = hostile
     manifest = stage(dataclasses.replace(params, max_quarantined=0.7, heldout=0.3, rows_per_shard=3))
     out = Path("out/shard/name")
-    train, heldout = (manifest["splits"][name] for name in ("train", "heldout"))
-    assert manifest["image_size"] == SIZE and manifest["classes"] == ["good", "mixed"]
+    source = manifest["sources"]["image_folder"]
+    train, heldout = (source["splits"][name] for name in ("train", "heldout"))
+    assert manifest["image_sizes"] == [SIZE] and manifest["classes"] == ["good", "mixed"]
     assert train["rows"] + heldout["rows"] == len(good) + 1 and heldout["rows"] > 0
     assert [sum(pair) for pair in zip(train["per_class"], heldout["per_class"], strict=True)] == [len(good), 1]
-    assert manifest["quarantined"] == len(bad) and manifest["enlarged"] == 1
-    assert manifest["config"]["path"] == params.path and manifest["config"]["max_quarantined"] == 0.7
+    assert manifest["quarantined"] == source["quarantined"] == len(bad) and source["enlarged"] == 1
+    assert manifest["skipped"] == source["skipped"] == source["captions_cut"] == 0 and source["captions"] is None
+    assert {s["size"] for split in (train, heldout) for s in split["shards"]} == {SIZE}
+    assert manifest["config"]["sources"]["image_folder"]["path"] == only(params)[1].path
+    assert manifest["config"]["max_quarantined"] == 0.7
     lines = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
-    assert [line["key"] for line in lines] == sorted(f"mixed/{name}" for name in bad)
+    assert [line["key"] for line in lines] == sorted(f"image_folder/mixed/{name}" for name in bad)
     assert all(line["reason"] for line in lines)
     names = {"quarantine.jsonl", *(s["path"] for split in (train, heldout) for s in split["shards"])}
     assert {f["path"] for f in manifest["files"]} == names == {p.name for p in out.iterdir()} - {"manifest.json"}
@@ -184,11 +222,11 @@ def test_the_manifest_counts_and_the_quarantine_list(stage, hostile):
 def test_too_much_quarantine_stops_the_stage_and_a_higher_limit_goes_on(stage, hostile):
     params, _, bad = hostile
     params = dataclasses.replace(params, rows_per_shard=4, max_quarantined=0.3)
-    with pytest.raises(DatasetError, match=r"(?s)\d+ of 38 items .* max_quarantined 0.3; .*mixed/") as caught:
+    with pytest.raises(DatasetError, match=r"(?s)\d+ of 38 images .* max_quarantined 0.3; .*mixed/") as caught:
         stage(params)
     listed = Path(next(word for word in str(caught.value).split() if "quarantine.jsonl" in word).rstrip(":"))
     reasons = {json.loads(line)["key"] for line in listed.read_text().splitlines()}
-    assert 0.3 * 38 < len(reasons) < len(bad) and reasons < {f"mixed/{name}" for name in bad}
+    assert 0.3 * 38 < len(reasons) < len(bad) and reasons < {f"image_folder/mixed/{name}" for name in bad}
     assert not Path("out").exists()
     first = list(stage.written)
     manifest = stage(dataclasses.replace(params, max_quarantined=0.9))
@@ -200,7 +238,7 @@ def test_a_class_without_any_usable_image_stops_the_stage(stage, tmp_path):
     make_plain(tmp_path / "data", classes=2, each=20)
     (tmp_path / "data" / "owl").mkdir()
     (tmp_path / "data" / "owl" / "a.jpg").write_text("no owl")
-    with pytest.raises(DatasetError, match=r'(?s)no training image is left of class owl; replace .*"owl/a\.jpg"'):
+    with pytest.raises(DatasetError, match=r'(?s)no training image is left of class owl; .*"image_folder/owl/a\.jpg'):
         stage(folder_params(tmp_path / "data", max_quarantined=0.5))
     assert not Path("out").exists()
 
@@ -212,12 +250,13 @@ def test_an_interrupted_stage_goes_on_and_gives_the_same_bytes(stage, tmp_path):
     shutil.rmtree("out")
     with pytest.raises(KeyboardInterrupt):
         stage(params, stop=3)
-    run = next(Path("runs/shard@name").glob("*/*.parquet")).parent
-    (run / ".train-00004.parquet.123.partial").write_bytes(b"half")
-    (run / stage.written[1]).write_bytes(whole[stage.written[1]][:1000])
+    (shards,) = Path("runs/shard@name").glob("*/shards")
+    (shards / ".train-00004.parquet.123.partial").write_bytes(b"half")
     done = list(stage.written)
+    cut = next(shards.glob(f"*{done[1].removeprefix('image_folder')}-0000.parquet"))
+    cut.write_bytes(cut.read_bytes()[:1000])
     stage(params)
-    assert set(stage.written) == {name for name in whole if name.endswith(".parquet")} - {done[0], done[2]}
+    assert not set(stage.written) & {done[0], done[2]} and len(stage.written) == len(whole) - 2 - 2
     assert {path.name: path.read_bytes() for path in Path("out/shard/name").iterdir()} == whole
 
 
@@ -227,7 +266,7 @@ def test_other_inputs_start_afresh(stage, tmp_path, monkeypatch, change):
     with pytest.raises(KeyboardInterrupt):
         stage(params, stop=3)
     if change == "params":
-        params = dataclasses.replace(params, image_size=16)
+        params = dataclasses.replace(params, image_sizes=(16,))
     elif change == "content":
         os.utime(tmp_path / "data" / "class0" / "000.png", ns=(0, 0))
     elif change == "more":
@@ -240,16 +279,17 @@ def test_other_inputs_start_afresh(stage, tmp_path, monkeypatch, change):
 
 def test_a_file_that_goes_while_sharding_is_quarantined(stage, tmp_path, monkeypatch):
     params = folder_params(make_plain(tmp_path / "data", classes=2, each=10), max_quarantined=0.1)
-    deal = shard.deal
+    find_jobs = shard.find_jobs
 
-    def deal_and_lose(*arguments):
+    def find_and_lose(data):
+        found = find_jobs(data)
         (tmp_path / "data" / "class0" / "003.png").unlink()
-        return deal(*arguments)
+        return found
 
-    monkeypatch.setattr(shard, "deal", deal_and_lose)
+    monkeypatch.setattr(shard, "find_jobs", find_and_lose)
     manifest = stage(params)
-    assert manifest["quarantined"] == 1 and manifest["splits"]["train"]["rows"] == 19
-    assert "class0/003.png" in Path("out/shard/name/quarantine.jsonl").read_text()
+    assert manifest["quarantined"] == 1 and manifest["sources"]["image_folder"]["splits"]["train"]["rows"] == 19
+    assert "image_folder/class0/003.png" in Path("out/shard/name/quarantine.jsonl").read_text()
 
 
 def test_an_older_output_is_replaced(stage, tmp_path):
@@ -276,9 +316,8 @@ def test_a_mistake_ends_the_command_with_one_line(stage, tmp_path):
 
 
 def test_a_full_disk_is_noticed_before_ray_starts(tmp_path, monkeypatch):
-    params = folder_params(make_plain(tmp_path / "data"), image_size=1024)
+    params = folder_params(make_plain(tmp_path / "data"), image_sizes=(1024,))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**7))
     monkeypatch.setattr(shard, "connect", lambda cluster: pytest.fail("Ray was started"))
-    items = shard.deal(image_folder.listing(params)[1], 4, 0)
     with pytest.raises(StorageError, match=r"make room on this disk; about 0.0 GB are needed, 0.0 GB are free"):
-        list(shard.write_missing(items, params, None, tmp_path))
+        list(shard.write_missing(shard.find_jobs(params)[1], params, None, tmp_path))

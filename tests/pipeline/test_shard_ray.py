@@ -1,6 +1,7 @@
 """The shard stage and the reading of batches on a real Ray, on this machine: the only module that starts one for it."""
 
 import contextlib
+import json
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,16 @@ ROOT = Path(__file__).parents[2]
 PARAMS = """
 weights: {{source: demo, directory: null, seed: 0}}
 datasets:
-  plain: {{source: image_folder, path: {data}, image_size: {size}, rows_per_shard: 2, heldout: 0.1,
-    max_quarantined: 0.05, max_megapixels: 1, seed: 0}}
+  plain:
+    sources: {{folder: {{format: image_folder, path: {data}, captions: null, image: null}}}}
+    image_sizes: [{size}]
+    crop: adm
+    encoding: png
+    rows_per_shard: 2
+    heldout: 0.1
+    max_quarantined: 0.05
+    max_megapixels: 1
+    seed: 0
 reference: {{}}
 train: {{}}
 sample: {{}}
@@ -63,7 +72,10 @@ def run_here():
 
 
 def finished(work):
-    return {path.name: stamp(path) for path in work.glob("runs/*/*/*.parquet")}
+    """The shards of the tasks that are done; each has one."""
+    reports = [json.loads(path.read_bytes()) for path in work.glob("runs/*/*/reports/*.json")]
+    (shards,) = work.glob("runs/*/*/shards") if reports else [None]
+    return {s["path"]: stamp(shards / s["path"]) for report in reports for s in report["shards"]}
 
 
 def stamp(path):
@@ -72,7 +84,7 @@ def stamp(path):
 
 def test_every_image_is_in_one_shard(session):
     manifest = read_manifest(Path("out/shard/plain"), "dataset")
-    train, heldout = (manifest["splits"][name] for name in ("train", "heldout"))
+    train, heldout = (manifest["sources"]["folder"]["splits"][name] for name in ("train", "heldout"))
     assert train["rows"] + heldout["rows"] == 80 and manifest["quarantined"] == 2 and heldout["rows"] > 0
     assert np.add(train["per_class"], heldout["per_class"]).tolist() == [40, 40]
     assert len(train["shards"]) > 30 and {s["rows"] for s in train["shards"]} <= {1, 2}
@@ -103,7 +115,7 @@ def test_a_run_killed_in_the_middle_goes_on_and_ends_as_an_undisturbed_one(sessi
         after = {path.name: path for path in Path("out/shard/plain").iterdir()}
         assert {name: path.read_bytes() for name, path in after.items()} == undisturbed
         assert {name: stamp(after[name]) for name in kept} == kept
-    assert f"shard {total - len(kept)} of {total - len(kept)}: " in capsys.readouterr().out
+    assert f"part {total - len(kept)} of {total - len(kept)}: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("start", [0, 21])

@@ -1,0 +1,69 @@
+"""Files of a source: what lies below a folder, in a fixed order, and opening just what was listed.
+
+Links to files are followed inside the folder; links to folders, and out of it, are not. Whether something is held
+out depends on its path alone.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from pipeline.datasets import DatasetError, Item, Rejected, Task
+
+
+def files_below(folder: str | Path) -> Iterator[os.DirEntry]:
+    """Everything below `folder` but folders, in order of name."""
+    with os.scandir(folder) as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            yield from files_below(entry.path)
+        else:
+            yield entry
+
+
+def make_item(entry: os.DirEntry, root: str, label: int | None, split: str) -> Item:
+    try:
+        stat = entry.stat()
+        stamp = stat.st_size, stat.st_mtime_ns
+    except OSError:  # a broken link, or gone already: `open_item` will say so
+        stamp = 0, 0
+    return Item(os.path.relpath(entry.path, root), label, split, *stamp)
+
+
+def containers(root: str, ending: str) -> list[Task]:
+    """A unit of work for each file of this ending below `root`. DatasetError if there is none."""
+    try:
+        found = [make_item(entry, root, None, "") for entry in files_below(root) if entry.name.endswith(ending)]
+    except OSError as error:
+        raise DatasetError(f"{error.filename}: {error.strerror}; path must be a readable folder of {ending} files"
+                           ) from error
+    if not found:
+        raise DatasetError(f"{root} has no {ending} files at any depth: correct path or put them there")
+    return [Task([item], 0, shuffle=True) for item in found]
+
+
+def split_of(key: str, heldout: float | None) -> str:
+    """train or heldout, by the key alone: the same however many others there are, and stable as the share grows."""
+    draw = int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:8]) / 2**64  # uniform in [0, 1)
+    return "heldout" if draw < (heldout or 0) else "train"
+
+
+@contextlib.contextmanager
+def open_item(root: str, item: Item) -> Iterator[BinaryIO]:
+    """The file of an item, to read. Rejected if it lies outside the folder, is gone, or is not what was listed."""
+    item.key.encode()  # fails if the file name is not UTF-8
+    folder = Path(root).resolve()
+    path = (folder / item.key).resolve()
+    if not path.is_relative_to(folder):
+        raise Rejected("a link that leaves the folder")
+    if not path.is_file():
+        raise Rejected("no file: a broken link, a link to a folder, a device, or gone by now")
+    with open(path, "rb") as file:
+        stat = os.fstat(file.fileno())
+        if (stat.st_size, stat.st_mtime_ns) != (item.size, item.mtime_ns):
+            raise Rejected("changed after it was listed")
+        yield file
