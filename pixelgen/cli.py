@@ -27,9 +27,19 @@ def main(arguments: list[str] | None = None) -> int:
     draw.add_argument("--order", type=int, help="of adams_bashforth")
     draw.add_argument("--device", default="cpu")
     draw.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+
+    evaluate = commands.add_parser("evaluate", help="score generated images")
+    benchmarks = evaluate.add_subparsers(dest="benchmark", required=True)
+    geneval = benchmarks.add_parser("geneval", help="GenEval, for images in its own layout; goes on where it stopped")
+    geneval.add_argument("directory", type=Path, help="00000/metadata.jsonl, 00000/samples/0000.png and so on")
+    geneval.add_argument("--detector", type=Path, required=True, metavar="PATH",
+                         help="mmdet's Mask2Former Swin-S .pth, or a directory of transformers' with one")
+    geneval.add_argument("--clip", type=Path, required=True, metavar="PATH", help="directory of CLIP ViT-L/14")
+    geneval.add_argument("--out", type=Path, default=Path("results.jsonl"), help="metrics.json is put beside it")
+    geneval.add_argument("--device", default="cpu")
     args = parser.parse_args(arguments)
     try:
-        return {"convert": _convert, "sample": _sample}[args.command](args)
+        return {"convert": _convert, "sample": _sample, "evaluate": _evaluate_geneval}[args.command](args)
     except (ValueError, OSError) as error:
         print(f"pixelgen {args.command}: {error}", file=sys.stderr)
         return 1
@@ -53,4 +63,24 @@ def _sample(args: argparse.Namespace) -> int:
     model = PixelGen.from_pretrained(args.model, device=args.device, precision=args.precision)
     images = model.generate(args.labels, range(args.seed, args.seed + len(args.labels)), sampler)
     grid(images, columns=min(8, len(images))).save(args.out)
+    return 0
+
+
+def _evaluate_geneval(args: argparse.Namespace) -> int:
+    import json
+
+    from tqdm import tqdm
+
+    from pixelgen.metrics.colors import load_colors
+    from pixelgen.metrics.detector import load_detector
+    from pixelgen.metrics.geneval import TAGS, Rules, evaluate_folder, list_images
+
+    list_images(args.directory)  # before the slow loading
+    detector, colors = load_detector(args.detector, args.device), load_colors(args.clip, args.device)
+    figures = evaluate_folder(args.directory, detector, colors, Rules(), args.out,
+                              progress=lambda left: tqdm(left, unit="image"))
+    args.out.with_name("metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"{figures['images']} images of {figures['prompts']} prompts, by {detector.name} and {colors.name}")
+    for tag in (*TAGS, "overall"):
+        print(f"{tag:<14} {figures[tag]:.4f}" if tag in figures else f"{tag:<14} no image")
     return 0

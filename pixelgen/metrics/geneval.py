@@ -1,13 +1,19 @@
 """GenEval's rules and score (arXiv 2310.11513): from what a detector saw in an image to whether it shows its prompt.
 
 A box is [x0, y0, x1, y1] in pixels, its last column and row inside; detections of a class are (N, 5), box and score.
+Images are (H, W, 3) uint8 RGB.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image, ImageOps
 
 Array = np.ndarray
 Detections = Mapping[str, Array]  # class -> (N, 5), box and score
@@ -39,8 +45,7 @@ class Verdict:
 
 def judge(prompt: Mapping[str, Any], detections: Detections, colors: Colors, rules: Rules = Rules()) -> Verdict:
     """Whether an image fulfils a line of the benchmark's metadata: `include` and `exclude` lists of objects."""
-    counting = prompt["tag"] == "counting"
-    threshold = rules.counting_threshold if counting else rules.threshold
+    threshold = _threshold(prompt, rules)
     kept = {name: found for name, boxes in detections.items() if len(found := keep(boxes, threshold, rules))}
     none = np.zeros((0, 5), np.float32)
     broken: list[str] = []
@@ -60,13 +65,21 @@ def judge(prompt: Mapping[str, Any], detections: Detections, colors: Colors, rul
 def keep(boxes: Array, threshold: float, rules: Rules) -> Array:
     """The best-scored detections strictly above the threshold, best first, without those that overlap a better one."""
     boxes = np.asarray(boxes, np.float32).reshape(-1, 5)
+    return boxes[_kept(boxes, threshold, rules)]
+
+
+def _kept(boxes: Array, threshold: float, rules: Rules) -> list[int]:
+    """Where in `boxes` the detections that `keep` keeps are."""
     order = np.argsort(-boxes[:, 4], kind="stable")
-    boxes = boxes[order][boxes[order, 4] > threshold][: rules.max_objects]
-    kept: list[Array] = []
-    for box in boxes:
-        if rules.max_overlap == 1 or all(overlap(better, box) < rules.max_overlap for better in kept):
-            kept.append(box)
-    return np.array(kept, np.float32).reshape(-1, 5)
+    kept: list[int] = []
+    for place in order[boxes[order, 4] > threshold][: rules.max_objects].tolist():
+        if rules.max_overlap == 1 or all(overlap(boxes[k], boxes[place]) < rules.max_overlap for k in kept):
+            kept.append(place)
+    return kept
+
+
+def _threshold(prompt: Mapping[str, Any], rules: Rules) -> float:
+    return rules.counting_threshold if prompt["tag"] == "counting" else rules.threshold
 
 
 def _problem(wanted: Mapping[str, Any], objects: Array, groups: Sequence[Array | None], colors: Colors, rules: Rules
@@ -142,3 +155,166 @@ def score(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "image_accuracy": sum(r["correct"] for r in results) / len(results),
             "prompt_accuracy": sum(prompts.values()) / len(prompts),
             "images": len(results), "prompts": len(prompts)}
+
+
+# ------------------------------------------------------------------------------------------- images, and folders
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The objects of one class in an image: boxes (N, 5) float32, [x0, y0, x1, y1, score]; masks (N, H, W) bool."""
+
+    boxes: Array
+    masks: Array
+
+
+class Detector(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, image: Array, /) -> Mapping[str, Found]: ...
+
+
+class ColorClassifier(Protocol):
+    """From an image, a class, and boxes (n, 5) and masks (n, H, W) of n objects to the colour of each."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, image: Array, class_name: str, boxes: Array, masks: Array, /) -> Sequence[str]: ...
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image of a folder, its path in there with `/`, and the line of the benchmark's metadata that it shall show."""
+
+    path: Path
+    filename: str
+    prompt: dict[str, Any]
+
+
+def judge_image(image: Array, prompt: Mapping[str, Any], detector: Detector, colors: ColorClassifier,
+                rules: Rules = Rules()) -> Verdict:
+    """Whether an image fulfils a line of the benchmark's metadata, as far as the detector and the classifier see."""
+    seen = {}
+    for name, found in detector(image).items():
+        kept = _kept(found.boxes, _threshold(prompt, rules), rules)
+        seen[name] = Found(found.boxes[kept], found.masks[kept])
+
+    def colors_of(name: str, objects: Array) -> Sequence[str]:
+        """Of the first of the kept objects: these are in the order in which `judge` takes them."""
+        return colors(image, name, objects, seen[name].masks[: len(objects)])
+
+    return judge(prompt, {name: found.boxes for name, found in seen.items()}, colors_of, rules)
+
+
+def list_images(directory: Path) -> list[Sample]:
+    """The images of a folder in the benchmark's layout: `00000/metadata.jsonl`, `00000/samples/0000.png` and so on.
+    Other files are left aside, as by the benchmark's own tool. ValueError that names all that is missing or damaged."""
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: no such directory")
+    samples: list[Sample] = []
+    problems: list[str] = []
+    folders = sorted(f for f in directory.iterdir() if f.is_dir() and f.name.isdigit())
+    for folder in folders:
+        try:
+            prompt = _read_prompt(folder / "metadata.jsonl")
+        except (OSError, ValueError) as error:
+            problems.append(f"{folder.name}/metadata.jsonl: {error}")
+            continue
+        images = sorted((folder / "samples").glob("*.png"))
+        images = [image for image in images if image.stem.isdigit() and image.is_file()]
+        problems += [] if images else [f"{folder.name}/samples: no image NNNN.png"]
+        for image in images:
+            try:
+                with Image.open(image, formats=["PNG"]) as opened:
+                    opened.verify()
+            except Exception as error:  # a damaged file can raise anything
+                problems.append(f"{folder.name}/samples/{image.name}: not a readable image: {error}")
+            samples.append(Sample(image, image.relative_to(directory).as_posix(), prompt))
+    if not folders:
+        problems.append("no folder 00000, 00001, …")
+    if problems:
+        more = f"\nand {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(f"{directory}: not a folder of GenEval images\n" + "\n".join(problems[:20]) + more)
+    return samples
+
+
+def _read_prompt(path: Path) -> dict[str, Any]:
+    prompt = json.loads(path.read_text("utf-8"))
+    if not isinstance(prompt, dict) or not all(isinstance(prompt.get(key), str) for key in ("tag", "prompt")):
+        raise ValueError("expected an object with a tag and a prompt")
+    wanted = [*prompt.get("include", []), *prompt.get("exclude", [])]
+    if not wanted or not all(isinstance(w, dict) and {"class", "count"} <= w.keys() for w in wanted):
+        raise ValueError("expected what to include, each with a class and a count")
+    return prompt
+
+
+def evaluate_image(sample: Sample, detector: Detector, colors: ColorClassifier, rules: Rules) -> dict[str, Any]:
+    """A line of the benchmark's results, and the checksum of the image that it is about."""
+    data = sample.path.read_bytes()
+    try:
+        image = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data), formats=["PNG"])).convert("RGB"))
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(f"{sample.path}: not a readable image: {error}") from error
+    verdict = judge_image(image, sample.prompt, detector, colors, rules)
+    return {"filename": sample.filename, "tag": sample.prompt["tag"], "prompt": sample.prompt["prompt"],
+            "correct": verdict.correct, "reason": verdict.reason, "metadata": json.dumps(sample.prompt),
+            "details": json.dumps({name: boxes.tolist() for name, boxes in verdict.kept.items()}),
+            "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def evaluate_folder(directory: Path, detector: Detector, colors: ColorClassifier, rules: Rules, results: Path,
+                    progress: Callable[[Sequence[Sample]], Iterable[Sample]] = iter) -> dict[str, Any]:
+    """Judge every image of a folder, one line of `results` each, and return the score and who judged.
+
+    What is recorded already is not judged again, so a run goes on where it was cut off; a line that was cut off is
+    dropped. ValueError if `results` are of other judges or rules, or of images that are not in the folder as they were.
+    """
+    samples = list_images(directory)
+    judges = {"detector": detector.name, "color_classifier": colors.name}
+    _check_judges(results, {**judges, "rules": asdict(rules)})
+    done = _read_results(results)
+    present = {s.filename: s for s in samples}
+    for name, record in done.items():
+        sample = present.get(name)
+        if sample is None or record["metadata"] != json.dumps(sample.prompt) \
+                or record["sha256"] != hashlib.sha256(sample.path.read_bytes()).hexdigest():
+            raise ValueError(f"{results} records {name}, which is not in {directory} as it was then; delete {results} "
+                             "to start afresh")
+    with results.open("a", encoding="utf-8") as file:
+        for sample in progress([s for s in samples if s.filename not in done]):
+            done[sample.filename] = evaluate_image(sample, detector, colors, rules)
+            file.write(json.dumps(done[sample.filename]) + "\n")
+            file.flush()
+    return {**score([done[name] for name in present]), **judges}
+
+
+def _check_judges(results: Path, judges: dict[str, Any]) -> None:
+    """Keep beside `results` who judges and by which rules, and refuse to mix in the results of others."""
+    path = results.with_name(results.name + ".judges")
+    if results.exists():
+        if not path.is_file():
+            raise ValueError(f"{results} exists without {path.name}, which says whose it is; write to another file")
+        if (recorded := json.loads(path.read_text("utf-8"))) != judges:
+            raise ValueError(f"{results} is by {recorded}, not by {judges}; write to another file")
+    else:
+        results.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(judges, indent=2) + "\n", "utf-8")
+
+
+def _read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """The records in a file by filename. A last line without its end, of a run that was cut off, is removed from it."""
+    data = path.read_bytes() if path.exists() else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    try:
+        records = [json.loads(line) for line in whole.splitlines()]
+        named = {r["filename"]: r for r in records if r.keys() >= {"tag", "correct", "metadata", "sha256"}}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: a line in it is no result: {error}") from error
+    if len(named) != len(records):
+        raise ValueError(f"{path}: an image is recorded twice, or a line lacks something")
+    if len(whole) < len(data):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return named
