@@ -36,10 +36,11 @@ def adm_crop(image: Image.Image, size: int) -> np.ndarray:
 
 def plain_crop(image: Image.Image, size: int) -> np.ndarray:
     """One antialiased bilinear step to a shorter side of `size`, then the centre crop, of an RGB image
-    -> (size, size, 3) uint8."""
-    scale = size / min(image.size)
-    resized = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
-    return np.asarray(center_crop(resized, size))
+    -> (size, size, 3) uint8: torchvision's Resize and CenterCrop to the pixel, with their way of rounding."""
+    width, height = (size * side // min(image.size) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(resized.crop((left, top, left + size, top + size)))
 
 
 def to_float(images: Tensor) -> Tensor:

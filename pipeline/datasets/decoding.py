@@ -6,6 +6,7 @@ differ where ADM's are an accident: transparency is laid on white instead of unc
 """
 
 import contextlib
+import io
 import warnings
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -13,10 +14,11 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.datasets import Rejected, Skipped
+from pipeline.datasets import DatasetError, Rejected, Skipped
 from pipeline.params import DatasetParams
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # some others are decoded by outside programs
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")  # of file names
 LARGEST_ENLARGEMENT = 4  # of labelled images, all of which are wanted; a smaller one would be little but blur
 
 
@@ -29,12 +31,23 @@ def decode(file: BinaryIO, data: DatasetParams) -> Image.Image:
             return to_rgb(image)
 
 
+def decode_bytes(encoded: bytes, data: DatasetParams) -> Image.Image:
+    """`decode` of a file in memory."""
+    return decode(io.BytesIO(encoded), data)
+
+
+def largest_file(data: DatasetParams) -> int:
+    """Bytes beyond which a file is not worth reading: 8 a pixel of the largest image, uncompressed 16-bit RGBA, and
+    some for metadata."""
+    return int(data.max_megapixels * 8e6) + 2**20
+
+
 @contextlib.contextmanager
 def rejecting() -> Iterator[None]:
     """Whatever goes wrong inside costs one sample: a decoder given a damaged file may raise anything."""
     try:
         yield
-    except (Rejected, Skipped):
+    except (DatasetError, Rejected, Skipped):
         raise
     except UnidentifiedImageError:
         raise Rejected(f"not an image, or none of {', '.join(FORMATS)}") from None

@@ -19,14 +19,28 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from PIL import Image
 
 from pipeline.batches import SCHEMA
-from pipeline.datasets import Listed, Rejected, Skipped, Source, Task, digits, image_folder
+from pipeline.datasets import (
+    Listed,
+    Rejected,
+    Skipped,
+    Source,
+    Task,
+    digits,
+    image_folder,
+    parquet,
+    text_folder,
+    webdataset,
+)
 from pipeline.params import DatasetParams
 from pipeline.storage import write_atomic
 from pixelgen.images import adm_crop, plain_crop
 
-SOURCES: dict[str, Source] = {  # by format
+SOURCES: dict[str, Source] = {  # by format; `scenes` goes here with its module
     "digits": Listed(digits),
     "image_folder": Listed(image_folder),
+    "text_folder": Listed(text_folder),
+    "webdataset": webdataset,
+    "parquet": parquet,
 }
 CROPS = {"adm": adm_crop, "plain": plain_crop}
 ENCODINGS: dict[str, dict[str, Any]] = {"png": {"format": "PNG"},

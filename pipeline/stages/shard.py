@@ -83,17 +83,15 @@ def collect(jobs: list[Job], data: DatasetParams, cluster: Cluster, run: Path) -
         reports[name] = report
         rejected += report["rejected"]
         seen += sum(shard["rows"] for shard in report["shards"]) + len(report["rejected"]) + report["skipped"]
-        total = max(seen, known)
+        total = seen if len(reports) == len(jobs) else max(seen, known)
         if len(rejected) > data.max_quarantined * total:
             break
-    else:
-        total = seen
     lines = [json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in sorted(rejected)]
     path = run / "shards" / QUARANTINE
     write_atomic(path, "".join(lines).encode())
     if len(rejected) > data.max_quarantined * total:
-        raise DatasetError(f"{len(rejected)} of {total} images cannot be used, a larger share than max_quarantined "
-                           f"{data.max_quarantined}; raise it, or {hint(path)}")
+        raise DatasetError(f"{len(rejected)} of {seen} images read cannot be used, more than max_quarantined "
+                           f"{data.max_quarantined} of {total}; raise it, or {hint(path)}")
     return reports
 
 

@@ -1,7 +1,9 @@
 """Folders of images for tests: small, made on the spot, some of them hostile."""
 
+import io
 import os
 import struct
+import tarfile
 import zlib
 from pathlib import Path
 
@@ -123,3 +125,28 @@ def make_bad(folder: Path, outside: Path) -> dict[str, str]:
             "large.png": "too large: 2001×2000", "huge when enlarged.png": "too large: 8×40000", "float.tiff": "mode F",
             "out.png": "leaves the folder", "broken.png": none, "circle.png": f"{none}|loop", "aside.png": none,
             "latin\udce9.png": "UnicodeEncodeError", "pipe.png": none}
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def make_tar(path: Path, members: list[tuple[str, bytes | tarfile.TarInfo]]) -> Path:
+    """A tar of files with these names and contents, or of members made elsewhere."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, content in members:
+            info = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo(name)
+            info.name = name
+            if isinstance(content, bytes):
+                info.size = len(content)
+            tar.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
+    return path
+
+
+def pairs(*numbers: int) -> list[tuple[str, bytes]]:
+    """Members of good samples: 0007.jpg, 0007.txt, …"""
+    return [member for n in numbers
+            for member in ((f"{n:04}.jpg", encoded(picture(n), "JPEG")), (f"{n:04}.txt", f"picture {n}".encode()))]

@@ -14,9 +14,11 @@ import torch
 
 from pipeline.batches import Plan, lane_batches, load_window, open_split
 from pipeline.cluster import connect, read_cluster
+from pipeline.datasets.work import write_job
+from pipeline.params import read_params
 from pipeline.stages import shard
 from pipeline.storage import read_manifest
-from tests.pipeline.folders import SIZE, make_plain
+from tests.pipeline.folders import SIZE, make_plain, make_run, make_tar, pairs
 
 ROOT = Path(__file__).parents[2]
 PARAMS = """
@@ -30,6 +32,16 @@ datasets:
     rows_per_shard: 2
     heldout: 0.1
     max_quarantined: 0.05
+    max_megapixels: 1
+    seed: 0
+  tars:
+    sources: {{tars: {{format: webdataset, path: {data}/../tars, captions: {{txt: 1}}, image: jpg}}}}
+    image_sizes: [16, 32]
+    crop: plain
+    encoding: jpeg
+    rows_per_shard: 3
+    heldout: 0.2
+    max_quarantined: 0.1
     max_megapixels: 1
     seed: 0
 reference: {{}}
@@ -63,10 +75,10 @@ def session(tmp_path_factory):
         yield root, context.address_info["address"]
 
 
-def run_here():
+def run_here(key="plain"):
     """The stage in this process and in the session that is open."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["shard", "plain"])
+        patch.setattr(sys, "argv", ["shard", key])
         patch.setattr(shard, "connect", lambda cluster: contextlib.nullcontext())
         shard.main()
 
@@ -89,6 +101,18 @@ def test_every_image_is_in_one_shard(session):
     assert np.add(train["per_class"], heldout["per_class"]).tolist() == [40, 40]
     assert len(train["shards"]) > 30 and {s["rows"] for s in train["shards"]} <= {1, 2}
     assert not Path("runs/shard@plain").exists()
+
+
+def test_containers_give_the_same_with_ray_as_without(session, tmp_path):
+    for n in range(3):
+        make_tar(session[0] / "tars" / f"{n}.tar", pairs(*range(8)) if n != 1 else [*pairs(1), ("x.jpg", b"?")])
+    run_here("tars")
+    data, run = read_params().datasets["tars"], make_run(tmp_path)
+    for job in shard.find_jobs(data)[1]:
+        write_job(job, data, run)
+    written = {path.name: path.read_bytes() for path in Path("out/shard/tars").glob("*.parquet")}
+    assert written == {path.name: path.read_bytes() for path in (run / "shards").iterdir()} and len(written) > 6
+    assert read_manifest(Path("out/shard/tars"), "dataset")["quarantined"] == 1
 
 
 def test_a_run_killed_in_the_middle_goes_on_and_ends_as_an_undisturbed_one(session, capsys):

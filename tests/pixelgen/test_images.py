@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pixelgen.images import adm_crop, adm_resize, center_crop, grid, to_float, to_uint8
+from pixelgen.images import adm_crop, adm_resize, center_crop, grid, plain_crop, to_float, to_uint8
 
 
 def test_uint8_to_float_and_back_is_exact():
@@ -38,6 +38,16 @@ def test_crop_is_a_square_of_the_size_asked_for(width, height):
     pixels = adm_crop(image, 32)
     assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8
     assert (pixels == (10, 200, 30)).all()
+
+
+@pytest.mark.parametrize(("width", "height"), [(32, 32), (64, 96), (97, 160), (200, 50), (16, 20), (35, 32),
+                                               (32, 37), (39, 32)])
+def test_plain_crop_is_that_of_torchvision(width, height):
+    from torchvision.transforms import v2
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+    expected = v2.Compose([v2.Resize(32, v2.InterpolationMode.BILINEAR), v2.CenterCrop(32)])(image)
+    assert np.array_equal(plain_crop(image, 32), expected)
 
 
 @pytest.mark.parametrize(("width", "height", "left", "top"), [(8, 4, 2, 0), (7, 4, 1, 0), (4, 9, 0, 2), (4, 4, 0, 0)])

@@ -1,0 +1,120 @@
+"""A folder of tar files as webdataset writes them: 0001.jpg, 0001.txt, 0002.jpg, …, at any depth.
+
+A member's name up to the first dot of its last part is the key of a sample, the rest says what the member is: a caption
+if it is a column of `captions`, the image if it is `image`, if need be followed by the ending of an image format; `jpg`
+stands for any such ending. Other members are passed over. Members of a sample need not stand together.
+
+A tar is read twice: its headers, for where each sample lies, then sample by sample. What makes no plain file (links,
+devices), has no usable name or comes twice is refused; where a tar is cut or damaged, what lies before is kept, and
+the tar itself is listed in the quarantine beside the member that was cut.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import PurePosixPath
+from typing import BinaryIO
+
+from pipeline.datasets import DatasetError, Load, Rejected, Sample, Task, refuse
+from pipeline.datasets.captions import LARGEST_TEXT, clean_captions
+from pipeline.datasets.decoding import IMAGE_ENDINGS, decode_bytes, largest_file, rejecting
+from pipeline.datasets.files import containers, open_item, split_of
+from pipeline.datasets.tar import members
+from pipeline.params import DatasetParams, SourceParams
+
+IMAGE = "/image"  # the name of the image among the parts of a sample: no member has it
+Parts = dict[str, tuple[int, int]]  # of a sample: where each part begins in the tar, and its length
+
+
+def tasks(data: DatasetParams, source: SourceParams) -> tuple[None, list[Task]]:
+    """A tar is a task. DatasetError if the first whole one that is not empty lacks the image or a column."""
+    assert source.path is not None and source.captions is not None
+    found = containers(source.path, ".tar")
+    for task in found:
+        with contextlib.suppress(Rejected), rejecting(), open_item(source.path, task.items[0]) as file:
+            samples, refused, kinds = index(file, source)
+            if not kinds or any(name == "" for name, _ in refused):
+                continue
+            present = {part for parts in samples.values() for part in parts}
+            missing = [str(source.image) if part == IMAGE else part for part in (IMAGE, *source.captions)
+                       if part not in present]
+            if missing:
+                raise DatasetError(f"{source.path}/{task.items[0].key} has no member of kind {', '.join(missing)}; "
+                                   f"there are: {', '.join(sorted(kinds)[:20])}; correct image and captions")
+            break
+    return None, found
+
+
+def read(data: DatasetParams, source: SourceParams, task: Task) -> Iterator[tuple[str, Load]]:
+    assert source.path is not None
+    (tar,) = task.items
+    with contextlib.ExitStack() as stack:
+        try:
+            with rejecting():
+                file = stack.enter_context(open_item(source.path, tar))
+                samples, refused, _ = index(file, source)
+        except Rejected as reason:
+            yield tar.key, refuse(str(reason))
+            return
+        for name, why in refused:
+            yield f"{tar.key}/{name}" if name else tar.key, refuse(why)
+        for stem, parts in samples.items():
+            key = f"{tar.key}/{stem}"
+            yield key, partial(load, file, parts, split_of(key, data.heldout), data, source)
+
+
+def load(file: BinaryIO, parts: Parts, split: str, data: DatasetParams, source: SourceParams) -> Sample:
+    assert source.captions is not None
+    with rejecting():
+        if IMAGE not in parts:
+            raise Rejected("no image")
+        if parts[IMAGE][1] > largest_file(data):
+            raise Rejected(f"too large: an image of {parts[IMAGE][1]:,} bytes for {data.max_megapixels} Mpx")
+        image = read_part(file, parts[IMAGE])
+        captions, cut = clean_captions([read_part(file, parts[column], LARGEST_TEXT + 1) if column in parts else None
+                                        for column in source.captions])
+        return Sample(decode_bytes(image, data), split, None, captions, cut)
+
+
+def read_part(file: BinaryIO, part: tuple[int, int], limit: int | None = None) -> bytes:
+    """A part of a sample, or its first `limit` bytes. Rejected if the tar ends before it does."""
+    start, size = part
+    file.seek(start)
+    wanted = size if limit is None else min(size, limit)
+    data = file.read(wanted)
+    if len(data) < wanted:
+        raise Rejected("cut: the tar ends inside it")
+    return data
+
+
+def index(file: BinaryIO, source: SourceParams) -> tuple[dict[str, Parts], list[tuple[str, str]], set[str]]:
+    """The samples of a tar by key, in its order; members that are refused, with the reason, the one without a name
+    being the tar itself; and the kinds of all others. Rejected if it is no tar."""
+    samples: dict[str, Parts] = {}
+    refused: list[tuple[str, str]] = []
+    kinds: set[str] = set()
+    for member in members(file):
+        if member.refused:
+            refused.append((member.name, member.refused))
+            continue
+        name = PurePosixPath(member.name)
+        stem, _, kind = name.name.partition(".")
+        kinds.add(kind)
+        if part := part_of(kind, source):
+            parts = samples.setdefault(str(name.parent / stem), {})
+            if part in parts:
+                refused.append((member.name, "duplicate key"))
+            else:
+                parts[part] = member.start, member.size
+    return samples, refused, kinds
+
+
+def part_of(kind: str, source: SourceParams) -> str | None:
+    """Which part of a sample a member of this kind is: IMAGE, a column of captions, or None."""
+    assert source.captions is not None and source.image is not None
+    if kind in source.captions:
+        return kind
+    name, _, ending = kind.rpartition(".")
+    if kind == source.image or (ending.lower() in IMAGE_ENDINGS and (name or "jpg") == source.image):
+        return IMAGE
+    return None
