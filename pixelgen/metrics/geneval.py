@@ -211,8 +211,6 @@ def judge_image(image: Array, prompt: Mapping[str, Any], detector: Detector, col
 def list_images(directory: Path) -> list[Sample]:
     """The images of a folder in the benchmark's layout: `00000/metadata.jsonl`, `00000/samples/0000.png` and so on.
     Other files are left aside, as by the benchmark's own tool. ValueError that names all that is missing or damaged."""
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory}: no such directory")
     samples: list[Sample] = []
     problems: list[str] = []
     folders = sorted(f for f in directory.iterdir() if f.is_dir() and f.name.isdigit())

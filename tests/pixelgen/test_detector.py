@@ -263,7 +263,7 @@ def test_a_directory_of_the_hubs_layout_loads_under_another_name(tmp_path, netwo
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.pth"):
+    with pytest.raises(FileNotFoundError, match=r"none\.pth: no such file or directory"):
         load_detector(tmp_path / "none.pth", "cpu")
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         load_detector(tmp_path, "cpu")

@@ -91,7 +91,7 @@ def test_colours_are_told_by_the_masks_of_the_best_objects():
 
 
 def test_masks_stay_with_their_boxes_when_overlapping_ones_are_dropped():
-    boxes = np.array([[0, 0, 9, 9, 0.5], [0, 0, 9, 8, 0.9], [20, 20, 29, 29, 0.7]], np.float32)
+    boxes = np.array([[0, 0, 9, 9, 0.8], [0, 0, 9, 8, 0.9], [20, 20, 29, 29, 0.7]], np.float32)
     masks = np.stack([np.full((40, 40), i == 1) for i in range(3)])
     masks[2, :3] = True
     colors = Blue()
