@@ -4,16 +4,22 @@
 reruns nothing.
 """
 
+import json
 import logging
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from pipeline.params import read_yaml
 from pixelgen.config import ConfigError, choose, load, require
 
 CLUSTERS = Path("clusters")
+STARTS = 3  # attempts to start Ray, which gives up after a fixed time however busy the machine is
 
 # Ray on one machine: loopback only, quiet, quick to notice a dead worker. A value already in the environment stays.
 LOCAL_ENVIRONMENT = {
@@ -78,9 +84,17 @@ def connect(cluster: Cluster) -> Any:
             os.environ.setdefault(name, value)
     import ray
 
-    return ray.init(address=cluster.address, include_dashboard=False if private else None, log_to_driver=False,
-                    logging_level=logging.ERROR, configure_logging=True,
-                    runtime_env={"env_vars": {"PYTHONPATH": str(Path.cwd())}} if private else None)
+    for attempt in range(STARTS):
+        try:
+            return ray.init(address=cluster.address, include_dashboard=False if private else None, log_to_driver=False,
+                            logging_level=logging.ERROR, configure_logging=True,
+                            runtime_env={"env_vars": {"PYTHONPATH": str(Path.cwd())}} if private else None)
+        except Exception as error:  # Ray raises nothing more special than that
+            if "timed out during startup" not in str(error) or attempt == STARTS - 1:
+                raise
+            print("Ray did not start within its 30 s on this busy machine: trying again", file=sys.stderr)
+            ray.shutdown()
+    raise AssertionError("unreachable")
 
 
 def ray_data() -> Any:
@@ -90,3 +104,31 @@ def ray_data() -> Any:
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # importing it has set another level
     ray.data.DataContext.get_current().enable_progress_bars = False
     return ray.data
+
+
+def work_through(parts: list[dict[str, Any]], make: Callable[..., Callable[[dict[str, Any]], None]], arguments: tuple,
+                 cluster: Cluster, what: str) -> None:
+    """Let Ray Data actors, each a `make(*arguments)` on the cluster's device, be called with every part (plain data),
+    with a progress bar. A single part on this machine is done right here: no Ray is worth starting for it."""
+    if cluster.address is None and len(parts) == 1:
+        make(*arguments)(parts[0])
+        return
+    with connect(cluster):
+        data = ray_data()
+        rows = data.from_items([{"part": json.dumps(part)} for part in parts], override_num_blocks=len(parts))
+        done = rows.map(Worker, fn_constructor_args=(make, arguments),
+                        compute=data.ActorPoolStrategy(size=min(cluster.workers, len(parts))),
+                        num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)
+        for _ in tqdm(done.iter_rows(), desc=what, unit="part", total=len(parts)):
+            pass
+
+
+class Worker:
+    """A Ray Data actor of `work_through`."""
+
+    def __init__(self, make: Callable[..., Callable[[dict[str, Any]], None]], arguments: tuple):
+        self.work = make(*arguments)
+
+    def __call__(self, row: dict[str, str]) -> dict[str, str]:
+        self.work(json.loads(row["part"]))
+        return row

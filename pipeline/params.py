@@ -24,13 +24,17 @@ from pixelgen.config import (
     ObjectiveConfig,
     OptimizerConfig,
     SamplerConfig,
+    TextDenoiserConfig,
     choose,
     load,
     require,
 )
-from pixelgen.models import denoiser_config
+from pixelgen.models import SIZES, TEXT_SIZES, denoiser_config, text_denoiser_config
+from pixelgen.prompts import check_layout
 
 PARAMS, OK = Path("params.yaml"), Path("out/params.ok")
+NONE = "none"  # in a parameter that names the instance of another stage: there is none
+NOTHING = [Path("out/train") / NONE / "model", Path("out/prompts") / NONE, Path("out/reference") / NONE]
 T = TypeVar("T")
 
 
@@ -39,12 +43,16 @@ class WeightsParams:
     """The frozen networks: of the losses and of the evaluation."""
 
     source: Literal["demo", "published"]  # demo: small stand-ins of the same classes, made here
+    networks: tuple[Literal["dino", "lpips", "text", "inception", "mask2former", "clip", "digits"], ...]
     directory: str | None  # published: folder that already holds the files; null: download them
     seed: int  # demo: of the stand-ins' training
 
     def __post_init__(self) -> None:
         require(self.source == "published" or self.directory is None,
                 "directory is for published weights; demo makes its own: set it to null")
+        wrong = {"demo": ("inception", "mask2former", "clip"), "published": ("digits",)}[self.source]
+        for name in self.networks:
+            require(name not in wrong, f"networks: there is no {name} with source {self.source}")
 
 
 LABELLED = ("digits", "image_folder")  # the other formats bring captions
@@ -58,6 +66,8 @@ class SourceParams:
     path: str | None  # folder of the images or containers; digits and scenes are made here
     captions: dict[str, float] | None  # columns of captions -> how often, relatively, each is drawn in training
     image: str | None  # column (parquet) or member (webdataset) of the image
+    count: int | None = None  # scenes: how many are rendered
+    clutter: float | None = None  # scenes: share of them that show one thing more than their captions say
 
     def __post_init__(self) -> None:
         made = self.format in ("digits", "scenes")
@@ -70,6 +80,13 @@ class SourceParams:
             weights = list((self.captions or {}).values())
             require(min(weights) >= 0 and max(weights) > 0, f"captions: of the weights {weights} none may be negative "
                     "and one must be positive")
+        scenes = self.format == "scenes"
+        require((self.count is not None) == scenes and (self.clutter is not None) == scenes,
+                f"count and clutter: {self.format} " + ("needs both" if scenes else "has neither: set them to null"))
+        require(not scenes or (self.count or 0) >= 1, f"count {self.count} must be at least 1")
+        require(not scenes or 0 <= (self.clutter or 0) <= 1, f"clutter {self.clutter} must lie in [0, 1]")
+        for column in (self.captions or {}) if scenes else ():
+            choose(column, ["short", "long"], "captions: column of scenes")
         require((self.image is not None) == (self.format in ("webdataset", "parquet")),
                 f"image: {self.format} " + ("has no columns: set it to null" if self.image is not None else
                                             "needs the name of the column or member that holds the image"))
@@ -132,21 +149,44 @@ class ReferenceParams:
 
 @dataclass(frozen=True)
 class DenoiserParams:
-    size: str  # a key of pixelgen.models.SIZES
+    size: str  # a key of pixelgen.models.SIZES or TEXT_SIZES
     image_size: int
-    num_classes: int
+    num_classes: int | None  # null: a text-conditional size
     dropout: float
 
     def __post_init__(self) -> None:
+        choose(self.size, [*SIZES, *TEXT_SIZES], "size")
+        if self.size in TEXT_SIZES:
+            require(self.num_classes is None, f"num_classes {self.num_classes}: {self.size} is text-conditional: null")
+            require(self.dropout == 0, f"dropout {self.dropout}: {self.size} has none: set it to 0")
+        else:
+            require(self.num_classes is not None, f"num_classes: {self.size} is class-conditional and needs a number")
         self.resolve()
 
-    def resolve(self) -> DenoiserConfig:
+    def resolve(self) -> DenoiserConfig | TextDenoiserConfig:
+        if self.num_classes is None:
+            return text_denoiser_config(self.size, self.image_size)
         return denoiser_config(self.size, self.image_size, self.num_classes, self.dropout)
+
+
+@dataclass(frozen=True)
+class TextParams:
+    """How a caption becomes the prompt that an image is trained with."""
+
+    prefix_probability: float  # of putting "A photo of" or the like before a short caption
+    short_words: int  # a caption of at most so many words is short
+
+    def __post_init__(self) -> None:
+        require(0 <= self.prefix_probability <= 1, f"prefix_probability {self.prefix_probability} must lie in [0, 1]")
+        require(self.short_words >= 0, f"short_words {self.short_words} must not be negative")
 
 
 @dataclass(frozen=True)
 class TrainParams:
     dataset: str
+    mixture: dict[str, float] | None  # source of the dataset -> weight; null: all, in proportion to their images
+    init: str  # a key of train, whose weights and averaged weights training starts from; none: fresh ones
+    text: TextParams | None  # null: the dataset has labels
     denoiser: DenoiserParams
     objective: ObjectiveConfig
     optimizer: OptimizerConfig
@@ -160,26 +200,55 @@ class TrainParams:
 
 
 @dataclass(frozen=True)
+class PromptsParams:
+    """A list of prompts to draw."""
+
+    source: Literal["scenes", "file"]  # scenes: those that the demo's training leaves out
+    path: str | None  # file: GenEval's metadata.jsonl, one prompt a line, or a folder of text files; or its URL
+
+    def __post_init__(self) -> None:
+        require((self.path is None) == (self.source == "scenes"),
+                "path: a file needs the path or URL of the prompts, scenes bring their own (null)")
+
+
+@dataclass(frozen=True)
 class SampleParams:
     model: str  # a key of train
     weights: Literal["ema", "raw"]
     sampler: SamplerConfig
-    per_class: int
+    prompts: str  # a key of prompts; none: every class
+    layout: Literal["npz", "geneval", "dpg"]  # npz: of classes; the others: folders that the benchmarks read
+    per_prompt: int  # images of each prompt, or of each class
+    negative: str  # prompt that guidance leads away from
     seed: int  # image i has the seed SEED + i
     part_size: int  # images in one unit of work and of resumption; no result depends on it
     precision: Literal["fp32", "bf16"]
     compile: bool
 
     def __post_init__(self) -> None:
-        require(self.per_class >= 1 and self.part_size >= 1, "per_class and part_size must be at least 1")
+        require(self.per_prompt >= 1 and self.part_size >= 1, "per_prompt and part_size must be at least 1")
+        require((self.layout == "npz") == (self.prompts == NONE),
+                f"layout {self.layout}: npz is for classes (prompts: none), geneval and dpg are for prompts")
+        require(self.negative == "" or self.prompts != NONE, "negative: only prompts have a negative")
+        if self.layout != "npz":
+            check_layout(self.layout, self.per_prompt)
 
 
 @dataclass(frozen=True)
 class EvaluateParams:
+    metric: Literal["fid", "geneval"]  # fid: the ADM suite
     sample: str  # a key of sample
-    reference: str  # a key of reference
-    batch_size: int
-    baselines: bool  # also score held-out real images (the floor) and an untrained model (the ceiling)
+    reference: str  # fid: a key of reference; geneval: none
+    detector: Literal["mask2former", "geometric"] | None  # geneval: what finds objects; geometric: the demo's
+    batch_size: int  # images at a time; of geneval: in one unit of work and of resumption
+    baselines: bool  # also score real images and an untrained model
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "batch_size must be at least 1")
+        require((self.metric == "fid") == (self.reference != NONE), f"reference {self.reference}: fid needs a key of "
+                "reference, geneval has none")
+        require((self.metric == "geneval") == (self.detector is not None),
+                f"detector {self.detector}: geneval needs one, fid has null")
 
 
 @dataclass(frozen=True)
@@ -190,30 +259,81 @@ class Params:
     datasets: dict[str, DatasetParams]
     reference: dict[str, ReferenceParams]
     train: dict[str, TrainParams]
+    prompts: dict[str, PromptsParams]
     sample: dict[str, SampleParams]
     evaluate: dict[str, EvaluateParams]
 
     def __post_init__(self) -> None:
+        for section in ("reference", "train", "prompts"):
+            require(NONE not in getattr(self, section), f"{section}: a key cannot be called {NONE!r}, which means "
+                    "that there is none")
         for key, train in self.train.items():
-            choose(train.dataset, list(self.datasets), f"train.{key}.dataset")
-            sizes = list(self.datasets[train.dataset].image_sizes)
-            require(train.denoiser.image_size in sizes, f"train.{key}.denoiser.image_size {train.denoiser.image_size} "
-                    f"is none of datasets.{train.dataset}.image_sizes {sizes}")
+            self._check_train(f"train.{key}", train)
         for key, reference in self.reference.items():
-            choose(reference.dataset, list(self.datasets), f"reference.{key}.dataset")
-            require(reference.extractor != "digits" or self.weights.source == "demo",
-                    f"reference.{key}.extractor: only weights.source demo makes the digits classifier; use inception")
-            require(reference.extractor != "inception" or self.weights.source == "published",
-                    f"reference.{key}.extractor: inception comes with weights.source published; the demo has digits")
+            where = f"reference.{key}"
+            choose(reference.dataset, list(self.datasets), f"{where}.dataset")
+            require(self.datasets[reference.dataset].labelled, f"{where}.dataset: statistics are of labelled images, "
+                    f"{reference.dataset} has captions")
+            self._need(reference.extractor, f"{where}.extractor")
         for key, sample in self.sample.items():
             choose(sample.model, list(self.train), f"sample.{key}.model")
+            choose(sample.prompts, [NONE, *self.prompts], f"sample.{key}.prompts")
+            text = self.train[sample.model].text is not None
+            require((sample.prompts != NONE) == text, f"sample.{key}.prompts: {sample.model} draws "
+                    + ("prompts: name a key of prompts" if text else f"classes: set it to {NONE}"))
         for key, evaluate in self.evaluate.items():
-            choose(evaluate.sample, list(self.sample), f"evaluate.{key}.sample")
-            choose(evaluate.reference, list(self.reference), f"evaluate.{key}.reference")
-            trained_on = self.train[self.sample[evaluate.sample].model].dataset
-            require(self.reference[evaluate.reference].dataset == trained_on,
-                    f"evaluate.{key}: the samples imitate {trained_on!r}, but reference {evaluate.reference!r} is of "
-                    f"{self.reference[evaluate.reference].dataset!r}")
+            self._check_evaluate(f"evaluate.{key}", evaluate)
+
+    def _check_train(self, where: str, train: TrainParams) -> None:
+        choose(train.dataset, list(self.datasets), f"{where}.dataset")
+        data = self.datasets[train.dataset]
+        size, sizes = train.denoiser.image_size, list(data.image_sizes)
+        require(size in sizes, f"{where}.denoiser.image_size {size} is none of datasets.{train.dataset}.image_sizes "
+                f"{sizes}")
+        for kind, given in (("text", train.text), ("denoiser.num_classes", train.denoiser.num_classes)):
+            wanted = data.labelled == (kind != "text")
+            require((given is not None) == wanted, f"{where}.{kind}: {train.dataset} has "
+                    f"{'labels' if data.labelled else 'captions'}: " + ("it is needed" if wanted else "set it to null"))
+        for source in train.mixture or {}:
+            choose(source, list(data.sources), f"{where}.mixture: source")
+        require(train.mixture is None or min(train.mixture.values(), default=0) > 0,
+                f"{where}.mixture: every weight must be positive; leave a source out instead")
+        choose(train.init, [NONE, *self.train], f"{where}.init")
+        earlier, seen = train.init, [where.removeprefix("train.")]
+        while earlier != NONE:
+            require(earlier not in seen, f"{where}.init: {' <- '.join([*seen, earlier])} goes round in a circle")
+            require(self.train[earlier].denoiser.size == train.denoiser.size, f"{where}.init: {earlier} trains "
+                    f"{self.train[earlier].denoiser.size}, not {train.denoiser.size}")
+            seen, earlier = [*seen, earlier], self.train[earlier].init
+        if train.objective.repa_weight or train.objective.pdino_weight:
+            self._need("dino", where)
+        if train.objective.lpips_weight:
+            self._need("lpips", where)
+        if train.text:
+            self._need("text", where)
+
+    def _check_evaluate(self, where: str, evaluate: EvaluateParams) -> None:
+        choose(evaluate.sample, list(self.sample), f"{where}.sample")
+        sample = self.sample[evaluate.sample]
+        if evaluate.metric == "geneval":
+            require(sample.layout == "geneval", f"{where}: {evaluate.sample} has layout {sample.layout}, not geneval")
+            demo = self.prompts[sample.prompts].source == "scenes"
+            require(demo == (evaluate.detector == "geometric"), f"{where}.detector {evaluate.detector}: geometric is "
+                    "for the demo's scenes, mask2former for everything else")
+            require(demo or not evaluate.baselines, f"{where}.baselines: only scenes can be drawn from their prompts")
+            for network in () if demo else ("mask2former", "clip"):
+                self._need(network, f"{where}.detector")
+            return
+        choose(evaluate.reference, list(self.reference), f"{where}.reference")
+        require(sample.layout == "npz", f"{where}: {evaluate.sample} has layout {sample.layout}, not npz")
+        trained_on = self.train[sample.model].dataset
+        require(self.reference[evaluate.reference].dataset == trained_on,
+                f"{where}: the samples imitate {trained_on!r}, but reference {evaluate.reference!r} is of "
+                f"{self.reference[evaluate.reference].dataset!r}")
+
+    def _need(self, network: str, where: str) -> None:
+        require(network in self.weights.networks, f"{where} needs the network {network}: add it to weights.networks "
+                f"(source {self.weights.source})")
 
 
 def read_params(path: Path = PARAMS) -> Params:
@@ -246,13 +366,20 @@ def _plain(value: Any) -> Any:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
+def write_nothing() -> None:
+    """The instance `none` of other stages: what a dependency in dvc.yaml leads to where a parameter says so."""
+    for path in NOTHING:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "README").write_text("nothing: the instance that a parameter of `none` names\n")
+
+
 def main() -> int:
     try:
         read_params()
     except ConfigError as error:
         print(f"{PARAMS}: {error}", file=sys.stderr)
         return 1
-    OK.parent.mkdir(exist_ok=True)
+    write_nothing()
     OK.write_text("params.yaml is valid\n")  # always the same, so that what depends on it is not rerun
     return 0
 

@@ -6,7 +6,7 @@ Nothing here executes code from a file: states are read with `weights_only`, mod
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +62,14 @@ def read_state(path: Path) -> Any:
 # --------------------------------------------------------------------------------------------- exported models
 
 
-def export(directory: Path, config: Config, ema: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> None:
-    """Write `config.json`, `ema.safetensors` and `raw.safetensors` into `directory`."""
+def export(directory: Path, config: Config, ema: Weights, raw: Weights, projector: Weights) -> None:
+    """Write `config.json` and three files of weights into `directory`: `ema` and `raw` of the denoiser, and the REPA
+    head `projector` (empty if there was none), which only a later training stage needs."""
     directory.mkdir(parents=True, exist_ok=True)
     kind = next(name for name, cls in KINDS.items() if isinstance(config, cls))
     text = json.dumps({"denoiser": kind, "config": dataclasses.asdict(config)}, indent=2)
     (directory / "config.json").write_text(text + "\n")
-    for name, weights in (("ema", ema), ("raw", raw)):
+    for name, weights in (("ema", ema), ("raw", raw), ("projector", projector)):
         save_file({k: v.detach().float().cpu().contiguous() for k, v in weights.items()},
                   directory / f"{name}.safetensors")
 
@@ -86,16 +87,33 @@ def read_config(directory: Path) -> Config:
 
 def load_denoiser(directory: Path, weights: str = "ema") -> JiT | JiTText:
     """The exported model of `directory`, in eval mode on the CPU. `weights`: ema or raw."""
-    config = read_config(directory)
-    file = directory / f"{weights}.safetensors"
+    model = build_denoiser(read_config(directory))
+    load_weights(model, directory / f"{weights}.safetensors")
+    return model.eval().requires_grad_(False)
+
+
+def start_from(state: TrainState, directory: Path) -> None:
+    """Begin training where the exported model of `directory` ended: its weights, averaged weights and REPA head.
+
+    The optimizer stays fresh. The position table is kept as it is built for the image size of `state`; whatever
+    else does not fit is an error.
+    """
+    read_config(directory)
+    for model, name in ((state.model.denoiser, "raw"), (state.ema, "ema")):
+        load_weights(model, directory / f"{name}.safetensors", rebuilt=("pos_embed",))
+    if state.model.projector is not None:
+        load_weights(state.model.projector, directory / "projector.safetensors")
+
+
+def load_weights(model: nn.Module, file: Path, rebuilt: Sequence[str] = ()) -> None:
+    """Fill `model` from a safetensors file that fits it exactly, but for the entries that `model` has `rebuilt`."""
     try:
         state = load_file(file)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
-    model = build_denoiser(config)
+    state |= {k: v for k, v in model.state_dict().items() if k in rebuilt and k in state}
     check_weights(model, state, str(file))
     model.load_state_dict(state)
-    return model.eval().requires_grad_(False)
 
 
 def check_weights(model: nn.Module, weights: Weights, source: str) -> None:
@@ -114,13 +132,12 @@ def check_weights(model: nn.Module, weights: Weights, source: str) -> None:
 # ------------------------------------------------------------------------------------ the published checkpoints
 
 
-def read_published(path: Path, in_context_start: int | None = None) -> tuple[Config, Weights, Weights]:
-    """Read a Lightning `.ckpt` of the reference implementation -> architecture, EMA weights, raw weights.
+def read_published(path: Path, in_context_start: int | None = None) -> tuple[Config, Weights, Weights, Weights]:
+    """Read a Lightning `.ckpt` of the reference implementation -> architecture, EMA, raw, REPA head's weights.
 
-    The file holds `denoiser.*`, `ema_denoiser.*` and the REPA head `diffusion_trainer.proj.*`, which no longer
-    matters once training is over. Anything else, and anything that does not fit the inferred architecture, is an
-    error. `in_context_start` leaves no trace in the weights: it is known for the published sizes, and has to be
-    given for any other.
+    The file holds `denoiser.*`, `ema_denoiser.*` and `diffusion_trainer.proj.*`, the head. Anything else, and
+    anything that does not fit the inferred architecture, is an error. `in_context_start` leaves no trace in the
+    weights: it is known for the published sizes, and has to be given for any other.
     """
     content = read_state(path)
     state = content.get("state_dict") if isinstance(content, Mapping) else None
@@ -145,7 +162,7 @@ def read_published(path: Path, in_context_start: int | None = None) -> tuple[Con
         model = build_denoiser(config)
     for name in ("ema_denoiser", "denoiser"):
         check_weights(model, groups[name], f"{path}: {name}")
-    return config, groups["ema_denoiser"], groups["denoiser"]
+    return config, groups["ema_denoiser"], groups["denoiser"], groups["diffusion_trainer.proj"]
 
 
 def infer_config(weights: Weights, source: str, in_context_start: int | None = None) -> Config:

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from pixelgen.prompts import LAYOUTS
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pixelgen", description=__doc__)
@@ -14,11 +16,17 @@ def main(arguments: list[str] | None = None) -> int:
     convert.add_argument("out", type=Path)
     convert.add_argument("--in-context-start", type=int, help="needed only for a model of no published size")
 
-    draw = commands.add_parser("sample", help="draw images of given classes into one picture")
+    draw = commands.add_parser("sample", help="draw images of classes into one picture, or of prompts into a folder")
     draw.add_argument("model", help="directory of an exported model, or a Hub repository owner/name")
-    draw.add_argument("out", type=Path, help="the PNG to write")
-    draw.add_argument("--labels", type=int, nargs="+", required=True)
-    draw.add_argument("--seed", type=int, default=0, help="image i of the picture has seed SEED + i")
+    draw.add_argument("out", type=Path, help="the PNG, or the folder, to write")
+    wanted = draw.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--labels", type=int, nargs="+")
+    wanted.add_argument("--prompts", type=Path, help="GenEval's metadata.jsonl, a prompt a line, or a folder of texts")
+    draw.add_argument("--layout", choices=LAYOUTS, default="geneval", help="of the folder: who is to read it")
+    draw.add_argument("--per-prompt", type=int, default=4)
+    draw.add_argument("--negative", default="", help="prompt that guidance leads away from")
+    draw.add_argument("--text-encoder", type=Path, help="folder of the encoder that the model was trained with")
+    draw.add_argument("--seed", type=int, default=0, help="image i has seed SEED + i")
     draw.add_argument("--sampler", choices=["euler", "heun", "adams_bashforth"], default="heun")
     draw.add_argument("--steps", type=int, default=50)
     draw.add_argument("--guidance", type=float, default=1.0)
@@ -48,21 +56,35 @@ def main(arguments: list[str] | None = None) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from pixelgen.checkpoint import export, read_published
 
-    config, ema, raw = read_published(args.checkpoint, args.in_context_start)
-    export(args.out, config, ema, raw)
+    config, *weights = read_published(args.checkpoint, args.in_context_start)
+    export(args.out, config, *weights)
     print(f"{args.out}: {config}")
     return 0
 
 
 def _sample(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
     from pixelgen.config import SamplerConfig
     from pixelgen.generate import PixelGen
     from pixelgen.images import grid
+    from pixelgen.prompts import check_layout, read_prompts, write_images
 
     sampler = SamplerConfig(args.sampler, args.steps, args.guidance, tuple(args.interval), args.timeshift, args.order)
-    model = PixelGen.from_pretrained(args.model, device=args.device, precision=args.precision)
-    images = model.generate(args.labels, range(args.seed, args.seed + len(args.labels)), sampler)
-    grid(images, columns=min(8, len(images))).save(args.out)
+    prompts = read_prompts(args.prompts) if args.prompts else []
+    if prompts:
+        check_layout(args.layout, args.per_prompt)
+        args.out.mkdir(parents=True)  # FileExistsError: images of another run are never mixed in
+    model = PixelGen.from_pretrained(args.model, device=args.device, precision=args.precision,
+                                     text_encoder=args.text_encoder)
+    if not prompts:
+        images = model.generate(args.labels, range(args.seed, args.seed + len(args.labels)), sampler)
+        grid(images, columns=min(8, len(images))).save(args.out)
+    for n, prompt in enumerate(tqdm(prompts, disable=not prompts)):
+        first = args.seed + n * args.per_prompt
+        images = model.generate([prompt.text] * args.per_prompt, range(first, first + args.per_prompt), sampler,
+                                negative=args.negative)
+        write_images(args.layout, args.out, prompt, images)
     return 0
 
 

@@ -5,30 +5,37 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pixelgen.checkpoint import load_denoiser
 from pixelgen.config import SamplerConfig, choose
+from pixelgen.encoders.text import TextEncoder, load_text_encoder
 from pixelgen.images import to_uint8
 from pixelgen.models.jit import JiT
+from pixelgen.models.jit_t2i import JiTText
 from pixelgen.samplers import Callback, sample
 
 
 class PixelGen:
-    """A trained denoiser that draws images.
+    """A trained denoiser that draws images of classes, or of prompts.
 
     >>> model = PixelGen.from_pretrained("out/train/c2i/model")
-    >>> images = model.generate(labels=[3, 7], seeds=[0, 1])   # (2, H, W, 3) uint8
+    >>> images = model.generate([3, 7], seeds=[0, 1])   # (2, H, W, 3) uint8
+    >>> model = PixelGen.from_pretrained("out/train/sft/model", text_encoder="out/weights/text")
+    >>> images = model.generate(["a photo of a red circle"], seeds=[0])
     """
 
-    def __init__(self, denoiser: JiT, precision: str = "fp32"):
-        self.denoiser, self.precision = denoiser, choose(precision, ["fp32", "bf16"], "precision")
+    def __init__(self, denoiser: JiT | JiTText, precision: str = "fp32", text: TextEncoder | None = None):
+        self.denoiser, self.precision, self.text = denoiser, choose(precision, ["fp32", "bf16"], "precision"), text
 
     @classmethod
     def from_pretrained(cls, source: str | Path, weights: str = "ema", device: str | torch.device = "cpu",
-                        precision: str = "fp32", compile: bool = False) -> "PixelGen":
+                        precision: str = "fp32", compile: bool = False,
+                        text_encoder: str | Path | None = None) -> "PixelGen":
         """Load an exported model from a directory, or from a Hugging Face Hub repository `owner/name`.
 
-        `precision`: fp32 or bf16 (autocast). Errors name the file and the keys that do not fit.
+        `precision`: fp32 or bf16 (autocast). `text_encoder`: the directory of the encoder that a text-conditional
+        model was trained with. Errors name the file and the keys that do not fit.
         """
         directory = Path(source)
         if not directory.exists() and str(source).count("/") == 1 and not str(source).startswith((".", "/")):
@@ -36,48 +43,71 @@ class PixelGen:
 
             directory = Path(snapshot_download(str(source), allow_patterns=["config.json", "*.safetensors"]))
         denoiser = load_denoiser(directory, weights)
-        if not isinstance(denoiser, JiT):
-            raise ValueError(f"{directory} is text-conditional; this class draws class-conditional models only")
+        text = None
+        if isinstance(denoiser, JiTText):
+            c = denoiser.config
+            if text_encoder is None:
+                raise ValueError(f"{directory} draws prompts: name the folder of its text encoder in text_encoder")
+            text = load_text_encoder(text_encoder, c.text_length, device, precision)
+            if text.width != c.text_width:
+                raise ValueError(f"{text_encoder} gives features of width {text.width}, {directory} was trained on "
+                                 f"{c.text_width}: it is another text encoder")
         if compile:
             denoiser.compile()
-        return cls(denoiser.to(device), precision)
+        return cls(denoiser.to(device), precision, text)
 
-    def generate(self, labels: Sequence[int], seeds: Sequence[int], sampler: SamplerConfig = SamplerConfig(),
-                 batch_size: int | None = None, callback: Callback | None = None) -> np.ndarray:
-        """One image for each label and seed -> (N, H, W, 3) uint8.
+    def generate(self, wanted: Sequence[int] | Sequence[str], seeds: Sequence[int],
+                 sampler: SamplerConfig = SamplerConfig(), batch_size: int | None = None, negative: str = "",
+                 callback: Callback | None = None) -> np.ndarray:
+        """One image for each class label or prompt and its seed -> (N, H, W, 3) uint8.
 
-        An image depends on its own label and seed only, up to the last bit of a few pixels: matrix products of other
-        sizes round differently. With a `batch_size`, the network always sees exactly that many samples (the last
-        batch is filled up), and an image has the same bytes whatever is asked for beside it. None: one batch of all.
+        Guidance leads away from the null label, or from the prompt `negative`.
+
+        An image depends on its own label or prompt and seed only, up to the last bit of a few pixels: matrix products
+        of other sizes round differently. With a `batch_size`, the networks always see exactly that many samples (the
+        last batch is filled up), and an image has the same bytes whatever is asked for beside it. None: one batch.
         """
-        classes = self.denoiser.config.num_classes
-        if len(labels) != len(seeds):
-            raise ValueError(f"{len(labels)} labels, but {len(seeds)} seeds: one seed for each image")
-        if len(labels) == 0:
-            raise ValueError("no labels: nothing to draw")
-        if wrong := sorted({y for y in labels if not 0 <= y < classes}):
-            raise ValueError(f"labels {wrong} are outside 0 to {classes - 1}")
-        size = batch_size or len(labels)
+        if len(wanted) != len(seeds):
+            raise ValueError(f"{len(wanted)} labels or prompts, but {len(seeds)} seeds: one seed for each image")
+        if len(wanted) == 0:
+            raise ValueError("no labels or prompts: nothing to draw")
+        size = batch_size or len(wanted)
         parts = []
-        for start in range(0, len(labels), size):
-            chosen = range(start, min(start + size, len(labels)))
+        for start in range(0, len(wanted), size):
+            chosen = range(start, min(start + size, len(wanted)))
             filled = [*chosen, *[chosen[-1]] * (size - len(chosen))]
-            drawn = self._draw([labels[i] for i in filled], [seeds[i] for i in filled], sampler, callback)
+            condition, null = self.conditions([wanted[i] for i in filled], negative)
+            drawn = self._draw(condition, null, [seeds[i] for i in filled], sampler, callback)
             parts.append(drawn[:len(chosen)])
         return np.concatenate(parts)
 
+    def conditions(self, wanted: Sequence[int | str], negative: str = "") -> tuple[Tensor, Tensor]:
+        """What the denoiser is given for labels or prompts, and for their absence, row by row: labels (N,) or text
+        features (N, L, C). ValueError for what this model cannot draw."""
+        if isinstance(self.denoiser, JiTText):
+            assert self.text is not None
+            if wrong := [w for w in wanted if not isinstance(w, str)]:
+                raise ValueError(f"this model draws prompts, not labels such as {wrong[0]!r}")
+            condition = self.text(wanted)  # type: ignore[arg-type]
+            return condition, self.text([negative]).expand_as(condition)
+        classes = self.denoiser.config.num_classes
+        if strange := [w for w in wanted if isinstance(w, str) or not 0 <= w < classes]:
+            raise ValueError(f"labels {sorted(set(strange), key=str)} are outside 0 to {classes - 1}")
+        if negative:
+            raise ValueError(f"negative {negative!r}: a class-conditional model takes no negative prompt")
+        y = torch.tensor(wanted, device=self.denoiser.output_weight.device)
+        return y, torch.full_like(y, self.denoiser.null_label)
+
     @torch.no_grad()
-    def _draw(self, labels: list[int], seeds: list[int], sampler: SamplerConfig, callback: Callback | None
-              ) -> np.ndarray:
+    def _draw(self, condition: Tensor, null: Tensor, seeds: list[int], sampler: SamplerConfig,
+              callback: Callback | None) -> np.ndarray:
         device = self.denoiser.output_weight.device
         noise = self.noise(seeds).to(device)
-        y = torch.tensor(labels, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            x = sample(lambda x, t, y: self.denoiser(x, t, y)[0].float(), noise, y,
-                       torch.full_like(y, self.denoiser.null_label), sampler, callback)
+            x = sample(lambda x, t, y: self.denoiser(x, t, y)[0].float(), noise, condition, null, sampler, callback)
         return to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
 
-    def noise(self, seeds: Sequence[int]) -> torch.Tensor:
+    def noise(self, seeds: Sequence[int]) -> Tensor:
         """Starting noise (N, 3, H, W), row i from `seeds[i]` alone; drawn on the CPU, the same on every device."""
         size = self.denoiser.config.image_size
         return torch.stack([torch.randn(3, size, size, generator=torch.Generator().manual_seed(int(s)))

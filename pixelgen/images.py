@@ -55,12 +55,12 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5 + 0.5).clamp(0, 255).byte()
 
 
-def grid(images: np.ndarray, columns: int) -> Image.Image:
-    """(N, H, W, 3) uint8 -> one picture, row by row, two pixels of white between images."""
+def grid(images: np.ndarray, columns: int, gap: int = 2) -> Image.Image:
+    """(N, H, W, 3) uint8 -> one picture, row by row, `gap` pixels of white between images."""
     count, height, width, _ = images.shape
     rows = -(-count // columns)
-    canvas = np.full((rows * (height + 2) - 2, columns * (width + 2) - 2, 3), 255, np.uint8)
+    canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
     for i, image in enumerate(images):
-        y, x = i // columns * (height + 2), i % columns * (width + 2)
+        y, x = i // columns * (height + gap), i % columns * (width + gap)
         canvas[y:y + height, x:x + width] = image
     return Image.fromarray(canvas)

@@ -16,6 +16,7 @@ from pixelgen.encoders.dino import Dino
 from pixelgen.encoders.lpips import Lpips
 from pixelgen.losses import feature_distance, flow_matching
 from pixelgen.models.jit import JiT
+from pixelgen.models.jit_t2i import JiTText
 from pixelgen.path import draw_time, interpolate
 
 REFERENCE_PATCH = 16  # denoiser patch at which LPIPS sees the images at their own size
@@ -41,28 +42,30 @@ class Losses:
 class Objective:
     """The loss of one micro-batch. Networks that no term with weight needs may be None, and are never run."""
 
-    def __init__(self, config: ObjectiveConfig, patch_size: int, dino: Dino | None, lpips: Lpips | None):
+    def __init__(self, config: ObjectiveConfig, patch_size: int, null: Tensor, dino: Dino | None,
+                 lpips: Lpips | None):
+        """`null`: what a dropped condition becomes, a label () or the text features (L, C) of the empty prompt."""
         needs_dino = config.repa_weight > 0 or config.pdino_weight > 0
         require(not needs_dino or dino is not None, "repa_weight or pdino_weight is set, but there is no DINO network")
         require(config.lpips_weight == 0 or lpips is not None, "lpips_weight is set, but there is no LPIPS network")
         if dino is not None:
             require(config.pdino_block < dino.depth,
                     f"pdino_block {config.pdino_block}: this DINO has blocks 0 to {dino.depth - 1}")
-        self.config, self.patch_size, self.dino, self.lpips = config, patch_size, dino, lpips
+        self.config, self.patch_size, self.null, self.dino, self.lpips = config, patch_size, null, dino, lpips
 
     def balances_at(self, step: int) -> bool:
         """Whether the perceptual weight is refreshed before optimizer step `step` (counted from 0)."""
         start = self.config.balance_start
         return start is not None and step >= start and step % self.config.balance_every == 0
 
-    def draw(self, x: Tensor, condition: Tensor, null: Tensor) -> Draws:
+    def draw(self, x: Tensor, condition: Tensor) -> Draws:
         """Noise, times and dropped conditions from the default generators, which the training step has seeded."""
         c = self.config
         noise = torch.randn_like(x)
         t = draw_time(torch.randn(len(x), device=x.device), c.time_mean, c.time_std, c.timeshift)
         drop = torch.rand(len(x), device=x.device) < c.condition_dropout
         drop = drop.view(-1, *([1] * (condition.ndim - 1)))
-        return Draws(noise, t, torch.where(drop, null, condition))
+        return Draws(noise, t, torch.where(drop, self.null, condition))
 
     def __call__(self, model: Callable[..., tuple[Tensor, Tensor | None]], x: Tensor, draws: Draws,
                  percept_weight: float) -> Losses:
@@ -133,7 +136,7 @@ class WithProjector(nn.Module):
     The head is three linear layers with SiLU on the tokens that enter block `feature_block`.
     """
 
-    def __init__(self, denoiser: JiT, projector: nn.Module | None, feature_block: int | None):
+    def __init__(self, denoiser: JiT | JiTText, projector: nn.Module | None, feature_block: int | None):
         super().__init__()
         self.denoiser, self.projector, self.feature_block = denoiser, projector, feature_block
 

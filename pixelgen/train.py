@@ -17,11 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pixelgen.config import DenoiserConfig, FitConfig, OptimizerConfig
+from pixelgen.config import DenoiserConfig, FitConfig, OptimizerConfig, TextDenoiserConfig, require
 from pixelgen.ema import ema_copy, ema_update
 from pixelgen.images import to_float
 from pixelgen.losses import balance_weight
+from pixelgen.models import build_denoiser
 from pixelgen.models.jit import JiT
+from pixelgen.models.jit_t2i import JiTText
 from pixelgen.objective import Losses, Objective, WithProjector, repa_projector
 
 
@@ -31,13 +33,14 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class LaneBatch:
-    """The micro-batch of one lane at one step: keys of the samples, images (B, 3, H, W) uint8, labels (B,)."""
+    """The micro-batch of one lane at one step: keys of the samples, images (B, 3, H, W) uint8, and their conditions,
+    labels (B,) or text features (B, L, C)."""
 
     step: int
     lane: int
     keys: Sequence[str]
     images: Tensor
-    labels: Tensor
+    condition: Tensor
 
 
 @dataclass
@@ -45,7 +48,7 @@ class TrainState:
     """All that training carries from step to step; saved and restored whole (`pixelgen.checkpoint`)."""
 
     model: WithProjector
-    ema: JiT
+    ema: JiT | JiTText
     optimizer: torch.optim.Optimizer
     percept_weight: float = 1.0
     step: int = 0
@@ -61,15 +64,16 @@ class TrainState:
         self.percept_weight, self.step = state["percept_weight"], state["step"]
 
 
-def create_state(denoiser: DenoiserConfig, objective: Objective, optimizer: OptimizerConfig, seed: int,
-                 device: torch.device) -> TrainState:
+def create_state(denoiser: DenoiserConfig | TextDenoiserConfig, objective: Objective, optimizer: OptimizerConfig,
+                 seed: int, device: torch.device) -> TrainState:
     """A fresh state; its weights depend on `seed` alone, so that every rank starts from the same."""
     torch.manual_seed(seed)
-    model = JiT(denoiser)
+    model = build_denoiser(denoiser)
     projector, block = None, None
     if objective.config.repa_weight:
         assert objective.dino is not None
         block = objective.config.repa_block
+        require(block < denoiser.depth, f"repa_block {block}: the denoiser has blocks 0 to {denoiser.depth - 1}")
         projector = repa_projector(denoiser.width, objective.dino.width, objective.config.repa_hidden)
     trained = WithProjector(model, projector, block).to(device)
     o = optimizer
@@ -112,8 +116,7 @@ def lane_losses(model: nn.Module, state: TrainState, batch: LaneBatch, objective
     """The objective on one micro-batch. Noise, times, dropouts: the same whenever and wherever this is called."""
     torch.manual_seed(lane_seed(config.seed, batch.step, batch.lane))
     x = to_float(batch.images)
-    null = torch.full_like(batch.labels, state.model.denoiser.null_label)
-    draws = objective.draw(x, batch.labels, null)
+    draws = objective.draw(x, batch.condition)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         return objective(model, x, draws, percept_weight)
 

@@ -28,6 +28,7 @@ from pipeline.datasets import (
     digits,
     image_folder,
     parquet,
+    scenes,
     text_folder,
     webdataset,
 )
@@ -35,9 +36,10 @@ from pipeline.params import DatasetParams
 from pipeline.storage import write_atomic
 from pixelgen.images import adm_crop, plain_crop
 
-SOURCES: dict[str, Source] = {  # by format; `scenes` goes here with its module
+SOURCES: dict[str, Source] = {  # by format
     "digits": Listed(digits),
     "image_folder": Listed(image_folder),
+    "scenes": Listed(scenes),
     "text_folder": Listed(text_folder),
     "webdataset": webdataset,
     "parquet": parquet,

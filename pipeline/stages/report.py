@@ -16,7 +16,8 @@ from pipeline.runs import run_stage
 from pipeline.storage import fresh_directory, publish
 from pixelgen.encoders.inception import NAME as INCEPTION
 
-TRAINED, SAMPLED, METRICS, OUT = Path("out/train"), Path("out/sample"), Path("metrics"), Path("out/report")
+TRAINED, SAMPLED, EVALUATED, OUT = (Path("out") / n for n in ("train", "sample", "evaluate", "report"))
+METRICS = Path("metrics")
 SHOWN_GRIDS = 6
 SUITE = ("fid", "sfid", "inception_score", "precision", "recall")
 # arXiv 2602.02493: tables of class-to-image results and of the ablation (L/16, 200k steps, no guidance)
@@ -30,10 +31,14 @@ PAPER = [
     ("ablation: + P-DINO", {"fid": 7.46, "recall": 0.58}),
     ("ablation: + noise gate at 0.3", {"fid": 7.53, "recall": 0.60}),
 ]
+PAPER_GENEVAL = {"": 0.79, "single_object": 0.99, "two_object": 0.88, "counting": 0.59, "colors": 0.90,
+                 "position": 0.70, "color_attr": 0.70}  # arXiv 2602.02493, PixelGen-XXL/16; "": overall
+SHOWN_VERDICTS = 8  # images of each tag
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:left}
 td.n{text-align:right;font-variant-numeric:tabular-nums}img{image-rendering:pixelated;max-width:100%;margin:.3rem}
-figure{display:inline-block;margin:.3rem}figcaption{font-size:.85rem;color:#666}.paper td{color:#777}
+figure{display:inline-block;margin:.3rem;vertical-align:top}
+figcaption{font-size:.85rem;color:#666;max-width:14rem}.paper td{color:#777}
 .warn{background:#fff6e0;padding:.6rem 1rem;border-left:4px solid #e0a000}details{margin:1rem 0}pre{font-size:.8rem}"""
 
 
@@ -41,7 +46,7 @@ def main() -> None:
     params = read_params()
     body = ["<h1>PixelGen</h1>"]
     for key in params.evaluate:
-        body += evaluation(params, key)
+        body += (evaluation if params.evaluate[key].metric == "fid" else geneval)(params, key)
     for key in params.train:
         body += training(key)
     out = fresh_directory(OUT)
@@ -71,6 +76,35 @@ def evaluation(params: Params, key: str) -> list[str]:
         details("settings of these figures", {**{k: v for k, v in metrics.items() if isinstance(v, dict)},
                                               "train": dataclasses.asdict(params.train[sample.model])}),
     ]
+
+
+def geneval(params: Params, key: str) -> list[str]:
+    """GenEval's score by tag beside the paper's and the baselines, and images with prompt and verdict."""
+    metrics = json.loads((METRICS / f"{key}.json").read_text())
+    sample = params.sample[params.evaluate[key].sample]
+    names = [n for n in metrics if n.startswith("geneval")]
+    name = min(names, key=len)
+    kinds = [k for k in ("", "_rendered", "_shuffled", "_untrained") if f"{name}{k}" in metrics]
+    rows = [[f"this run ({sample.model})" if not kind else kind.removeprefix("_"),
+             *(number(metrics.get("_".join(filter(None, [f"{name}{kind}", tag])))) for tag in PAPER_GENEVAL)]
+            for kind in kinds]
+    paper = [["PixelGen-XXL/16", *(number(v) for v in PAPER_GENEVAL.values())]]
+    verdict = ("<p>The benchmark's own detector and colour classifier: comparable with the paper's row.</p>"
+               if name == "geneval" else f"<p class=warn>Not comparable with the paper's row: {html.escape(name)}, "
+               f"judged by {html.escape(metrics['detector'])} and {html.escape(metrics['color_classifier'])}, on "
+               f"{metrics['prompts']} prompts.</p>")
+    records = [json.loads(line) for line in (EVALUATED / key / "results.jsonl").read_text().splitlines()]
+    shown = []
+    for tag in dict.fromkeys(r["tag"] for r in records):
+        every = [r for r in records if r["tag"] == tag]
+        shown.append(f"<h3>{html.escape(tag)}</h3>")
+        shown += [picture(SAMPLED / params.evaluate[key].sample / "images" / r["filename"],
+                          f"{'✓' if r['correct'] else '✗'} {r['prompt']}" + (f": {r['reason']}" if r["reason"] else ""))
+                  for r in every[::max(1, len(every) // SHOWN_VERDICTS)][:SHOWN_VERDICTS]]
+    return [f"<h2>{html.escape(key)}: {metrics['samples']['count']} images of prompts</h2>", verdict,
+            table(["", *(tag or "overall" for tag in PAPER_GENEVAL)], rows, paper), *shown,
+            details("settings of these figures", {**{k: v for k, v in metrics.items() if isinstance(v, dict)},
+                                                  "train": dataclasses.asdict(params.train[sample.model])})]
 
 
 def incomparable(metrics: dict[str, Any]) -> list[str]:

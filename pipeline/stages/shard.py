@@ -111,6 +111,10 @@ def write_missing(jobs: list[Job], data: DatasetParams, cluster: Cluster, run: P
     if need > (free := shutil.disk_usage(run).free):
         raise StorageError(f"{run}: make room on this disk; about {need / 1e9:.1f} GB are needed, "
                            f"{free / 1e9:.1f} GB are free")
+    if cluster.address is None and len(todo) == 1:  # no Ray is worth starting for it
+        write_job(todo[0], data, run)
+        yield from ((job.name, report) for job in todo if (report := read_report(run, job.name)))
+        return
     with connect(cluster):
         done = ray_data().from_items([{"job": pickle.dumps(job)} for job in todo], override_num_blocks=len(todo)).map(
             lambda row: {"name": write_job(pickle.loads(row["job"]), data, run)})

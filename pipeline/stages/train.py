@@ -12,15 +12,16 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from pipeline.batches import Plan, lane_batches, open_split
+from pipeline.batches import Plan, Source, first_captions, lane_batches, open_split
 from pipeline.cluster import Cluster, connect, read_cluster
-from pipeline.params import TrainParams, read_params, stage_params
+from pipeline.params import NONE, TrainParams, read_params, stage_params
 from pipeline.runs import lease, run_directory, run_stage
 from pipeline.storage import MANIFEST, fresh_directory, publish, read_manifest, sha256, write_atomic
-from pixelgen.checkpoint import export, load_state, read_state, save_state
-from pixelgen.config import ConfigError, ObjectiveConfig, require
+from pixelgen.checkpoint import export, load_state, read_state, save_state, start_from
+from pixelgen.config import ConfigError, DenoiserConfig, ObjectiveConfig, require
 from pixelgen.encoders.dino import load_dino
 from pixelgen.encoders.lpips import load_lpips
+from pixelgen.encoders.text import TextEncoder, load_text_encoder
 from pixelgen.generate import PixelGen
 from pixelgen.images import grid
 from pixelgen.objective import Objective
@@ -37,6 +38,7 @@ class Run:
     params: TrainParams
     data: Path
     weights: Path
+    start: Path | None  # the exported model that training starts from
     directory: Path
     cluster: Cluster
 
@@ -69,16 +71,27 @@ def prepare(key: str, params: TrainParams, cluster: Cluster) -> Run:
     read_manifest(weights, "weights")
     require(params.fit.lanes % cluster.workers == 0, f"fit.lanes {params.fit.lanes} cannot be shared out evenly among "
             f"{cluster.workers} workers (clusters/*.yaml)")
-    require(len(dataset["classes"]) <= params.denoiser.num_classes, f"denoiser.num_classes "
-            f"{params.denoiser.num_classes}: dataset {params.dataset} has {len(dataset['classes'])} classes")
+    if params.denoiser.num_classes is not None:
+        require(len(dataset["classes"]) <= params.denoiser.num_classes, f"denoiser.num_classes "
+                f"{params.denoiser.num_classes}: dataset {params.dataset} has {len(dataset['classes'])} classes")
     plan_of(params, data).check()
-    directory = run_directory("train", key, params, sha256(data / MANIFEST), sha256(weights / MANIFEST))
+    start = None if params.init == NONE else OUT / params.init / "model"
+    made_of = [sha256(folder / MANIFEST) for folder in (data, weights, start) if folder]
+    if start:
+        read_manifest(start, "model")
+    directory = run_directory("train", key, params, *made_of)
     (directory / "checkpoints").mkdir(exist_ok=True)
-    return Run(params, data.resolve(), weights.resolve(), directory.resolve(), cluster)
+    return Run(params, data.resolve(), weights.resolve(), start and start.resolve(), directory.resolve(), cluster)
 
 
 def plan_of(params: TrainParams, data: Path) -> Plan:
-    return Plan(open_split(data, "train"), params.fit.seed, params.fit.batch_size, params.fit.lanes)
+    """The order of training: of the sources in the mixture, those shards whose images are large enough."""
+    described, size = read_manifest(data, "dataset")["sources"], params.denoiser.image_size
+    splits = {name: open_split(data, "train", name, size) for name in params.mixture or described}
+    weights = params.mixture or {name: split.total for name, split in splits.items()}
+    sources = tuple(Source(split, weights[name], tuple((described[name]["captions"] or {}).values()))
+                    for name, split in splits.items())
+    return Plan(sources, size, params.fit.seed, params.fit.batch_size, params.fit.lanes, params.text)
 
 
 def train(run: Run) -> None:
@@ -114,24 +127,27 @@ def train_rank(config: dict[str, Run]) -> None:
     if device.type != run.cluster.device:
         raise RuntimeError(f"the cluster file promises {run.cluster.device}, this worker has {device}")
     lanes = range(rank * params.fit.lanes // world, (rank + 1) * params.fit.lanes // world)
-    objective = build_objective(params, run.weights, device)
+    text = build_text(params, run.weights, device)
+    objective = build_objective(params, run.weights, text, device)
     state = create_state(params.denoiser.resolve(), objective, params.optimizer, params.fit.seed, device)
     if rank == 0:
         with lease(run.directory / "writer.lease", patience=120):  # a killed run's rank 0 may take seconds to die
-            fit_rank(run, state, objective, lanes, device, writes=True)
+            fit_rank(run, state, objective, text, lanes, device, writes=True)
     else:
-        fit_rank(run, state, objective, lanes, device, writes=False)
+        fit_rank(run, state, objective, text, lanes, device, writes=False)
 
 
-def fit_rank(run: Run, state: TrainState, objective: Objective, lanes: range, device: torch.device, writes: bool
-             ) -> None:
+def fit_rank(run: Run, state: TrainState, objective: Objective, text: TextEncoder | None, lanes: range,
+             device: torch.device, writes: bool) -> None:
     params = run.params
     newest = [max(run.checkpoints(), default=None)]
     if dist.is_initialized():
         dist.broadcast_object_list(newest)  # rank 0 decides, once it holds the lease
     if newest[0] is not None:
         load_state(state, newest[0])
-    batches = lane_batches(plan_of(params, run.data), lanes, state.step, params.fit.steps, device)
+    elif run.start is not None:
+        start_from(state, run.start)
+    batches = lane_batches(plan_of(params, run.data), lanes, state.step, params.fit.steps, device, text)
     curve = Curve(run.directory / "curve.csv", state.step) if writes else None
 
     def checkpoint(state: TrainState) -> None:
@@ -143,7 +159,7 @@ def fit_rank(run: Run, state: TrainState, objective: Objective, lanes: range, de
         fit(state, batches, objective, params.optimizer, params.fit,
             on_log=curve.append if curve else ignore,
             on_checkpoint=checkpoint if writes else ignore,
-            on_grid=(lambda s: draw_grid(run, s)) if writes else ignore)
+            on_grid=(lambda s: draw_grid(run, s, text)) if writes else ignore)
     except NonFiniteError as error:  # would come back after every restart: stop for good
         if writes:
             write_atomic(run.directory / "failure.txt", f"{error}. The state before it is kept in "
@@ -154,12 +170,24 @@ def ignore(_: object) -> None:
     """What ranks other than 0 do with results."""
 
 
-def build_objective(params: TrainParams, weights: Path, device: torch.device) -> Objective:
+def build_text(params: TrainParams, weights: Path, device: torch.device) -> TextEncoder | None:
+    """The text encoder, which has to give features of the width that the denoiser expects; None for labels."""
+    d = params.denoiser.resolve()
+    if isinstance(d, DenoiserConfig):
+        return None
+    text = load_text_encoder(weights / "text", d.text_length, device, params.fit.precision)
+    require(text.width == d.text_width, f"denoiser.size {params.denoiser.size} expects text features of width "
+            f"{d.text_width}, the text encoder gives {text.width}")
+    return text
+
+
+def build_objective(params: TrainParams, weights: Path, text: TextEncoder | None, device: torch.device) -> Objective:
     """The objective with the frozen networks that its weights call for."""
     o, d = params.objective, params.denoiser.resolve()
+    null = text([""])[0] if text else torch.tensor(params.denoiser.num_classes, device=device)
     dino = load_dino(weights / "dino", d.image_size // d.patch_size).to(device) if uses_dino(o) else None
     lpips = load_lpips(weights / "lpips").to(device) if o.lpips_weight else None
-    return Objective(o, d.patch_size, dino, lpips)
+    return Objective(o, d.patch_size, null, dino, lpips)
 
 
 def uses_dino(objective: ObjectiveConfig) -> bool:
@@ -185,11 +213,15 @@ class Curve:
             writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in metrics.values()])
 
 
-def draw_grid(run: Run, state: TrainState) -> None:
-    """A few images of the averaged weights, always of the same classes and seeds, so that one can watch it learn."""
+def draw_grid(run: Run, state: TrainState, text: TextEncoder | None) -> None:
+    """A few images of the averaged weights, always of the same classes or captions and seeds, so that one can watch
+    it learn. The captions are the first of the first shard."""
     params = run.params
-    labels = [i % params.denoiser.num_classes for i in range(GRID_IMAGES)]
-    images = PixelGen(state.ema, params.fit.precision).generate(labels, range(GRID_IMAGES), params.grid_sampler)
+    if params.denoiser.num_classes is None:
+        wanted: list = first_captions(plan_of(params, run.data).sources[0].split, GRID_IMAGES)
+    else:
+        wanted = [i % params.denoiser.num_classes for i in range(GRID_IMAGES)]
+    images = PixelGen(state.ema, params.fit.precision, text).generate(wanted, range(len(wanted)), params.grid_sampler)
     (run.directory / "grids").mkdir(exist_ok=True)
     grid(images, GRID_COLUMNS).save(run.directory / "grids" / f"step-{state.step:08d}.png")
 
@@ -232,10 +264,10 @@ class Progress:
 def write_outputs(run: Run, out: Path) -> None:
     """The trained model, its curve and its grids, as DVC outs."""
     state = read_state(run.final)
-    prefix = "denoiser."
-    raw = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
+    raw, projector = ({k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
+                      for prefix in ("denoiser.", "projector."))
     model = fresh_directory(out) / "model"
-    export(model, run.params.denoiser.resolve(), state["ema"], raw)
+    export(model, run.params.denoiser.resolve(), state["ema"], raw, projector)
     publish(model, "model", run.params, steps=state["step"])
     shutil.copyfile(run.directory / "curve.csv", out / "curve.csv")
     (out / "grids").mkdir()

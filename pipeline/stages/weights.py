@@ -1,40 +1,63 @@
 """weights: the frozen networks, put into files once; no later stage touches a network.
 
-published: DINOv2-B/14, the VGG-16 trunk of LPIPS and FID's Inception, downloaded (or copied from a folder) and
-checked against their hashes. demo: small stand-ins of the same classes, made here in seconds, and the classifier that
-scores digits.
+`weights.networks` names them. published: DINOv2-B/14, LPIPS's VGG-16 trunk, Qwen3-1.7B, FID's Inception, GenEval's
+Mask2Former and CLIP, downloaded (or copied from a folder) and checked against their hashes. demo: small stand-ins of
+the same classes, made here in seconds, and the classifier that scores digits.
 """
 
+import hashlib
+import re
 import shutil
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.batches import PREFIXES
+from pipeline.datasets import scenes
 from pipeline.datasets.digits import digits
 from pipeline.judges import DigitsJudge, save_digits_classifier, train_digits_classifier
-from pipeline.params import read_params
+from pipeline.params import WeightsParams, read_params
 from pipeline.runs import run_stage
 from pipeline.storage import StorageError, fresh_directory, publish, sha256, write_json
 from pixelgen.encoders import inception
 from pixelgen.encoders.dino import PATCH, load_dino
 from pixelgen.encoders.lpips import load_lpips
+from pixelgen.encoders.text import load_text_encoder
+from pixelgen.metrics import detector
+from pixelgen.metrics.colors import load_colors
 
 OUT = Path("out/weights")
+AGENT = {"User-Agent": "pixelgen"}
 
 
 def main() -> None:
     params = read_params().weights
     torch.set_num_threads(1)  # the same stand-ins on every machine
     out = fresh_directory(OUT)
-    facts = write_demo(out, params.seed) if params.source == "demo" else write_published(out, params.directory)
-    publish(out, "weights", params, **facts)
+    publish(out, "weights", params, **write_networks(out, params))
+
+
+def write_networks(out: Path, params: WeightsParams) -> dict[str, Any]:
+    """A folder for each network -> facts for the manifest."""
+    facts: dict[str, Any] = {}
+    for name in params.networks:
+        (out / name).mkdir()
+        if params.source == "demo":
+            facts |= DEMO[name](out / name, params.seed)
+        else:
+            files = [*HUB.get(name, ()), *SINGLE.get(name, ())]
+            found = {item.url: obtain(item, params.directory, out / name / item.name) for item in files}
+            PREPARE.get(name, lambda folder: None)(out / name)
+            facts["sources"] = facts.get("sources", {}) | found
+    return facts
 
 
 # -------------------------------------------------------------------------------------------------- published
@@ -46,37 +69,58 @@ class File:
     the hash in the answer's header (a file on the Hub, at a fixed commit)."""
 
     url: str
-    sha256: str | None
+    sha256: str | None = None
 
     @property
     def name(self) -> str:
         return self.url.rsplit("/", 1)[1]
 
 
-DINO = File("https://huggingface.co/timm/vit_base_patch14_dinov2.lvd142m/resolve/"
-            "1dc7cda4727a9f4baa37f3ef407928dd642d0149/model.safetensors", None)
-VGG = File("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")
-INCEPTION = File("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/" + inception.FILE,
-                 inception.SHA256)
+def hub(repository: str, commit: str, *names: str) -> list[File]:
+    return [File(f"https://huggingface.co/{repository}/resolve/{commit}/{name}") for name in names]
 
 
-def write_published(out: Path, directory: str | None) -> dict:
-    """DINOv2-B/14 (timm's file), LPIPS's VGG-16 trunk and Inception, each loaded once to see that it fits."""
-    for name in ("dino", "lpips", "inception"):
-        (out / name).mkdir()
-    dino = obtain(DINO, directory, out / "dino" / "model.safetensors")
-    write_json(out / "dino" / "config.json", {"architecture": "vit_base_patch14_dinov2", "arguments": {}})
-    load_dino(out / "dino", grid=16)
-    trunk = out / "vgg.pth"
-    vgg = obtain(VGG, directory, trunk)
+HUB = {
+    "dino": hub("timm/vit_base_patch14_dinov2.lvd142m", "1dc7cda4727a9f4baa37f3ef407928dd642d0149",
+                "model.safetensors"),
+    "text": hub("Qwen/Qwen3-1.7B", "70d244cc86ccca08cf5af4e1e306ecf908b1ad5e", "config.json",
+                "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json",
+                "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
+    "clip": hub("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41", "config.json",
+                "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
+                "vocab.json", "merges.txt", "special_tokens_map.json"),
+}
+SINGLE = {
+    "lpips": [File("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")],
+    "inception": [File("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/" + inception.FILE,
+                       inception.SHA256)],
+    "mask2former": [File("https://download.openmmlab.com/mmdetection/v3.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_"
+                         "8x2_50e_coco/" + detector.FILE, detector.FILE.removesuffix(".pth").rsplit("-", 1)[1])],
+}
+
+
+def prepare_dino(folder: Path) -> None:
+    write_json(folder / "config.json", {"architecture": "vit_base_patch14_dinov2", "arguments": {}})
+    load_dino(folder, grid=16)
+
+
+def prepare_lpips(folder: Path) -> None:
+    trunk = folder / SINGLE["lpips"][0].name
     state = torch.load(trunk, weights_only=True)
-    save_file({k: v.contiguous() for k, v in state.items() if k.startswith("features.")},
-              out / "lpips" / "trunk.safetensors")
+    save_file({k: v.contiguous() for k, v in state.items() if k.startswith("features.")}, folder / "trunk.safetensors")
     trunk.unlink()
-    write_json(out / "lpips" / "config.json", {"net": "vgg"})
-    load_lpips(out / "lpips")
-    fid = obtain(INCEPTION, directory, out / "inception" / "model.pth")
-    return {"sources": {item.url: found for item, found in ((DINO, dino), (VGG, vgg), (INCEPTION, fid))}}
+    write_json(folder / "config.json", {"net": "vgg"})
+    load_lpips(folder)
+
+
+PREPARE: dict[str, Callable[[Path], Any]] = {  # what is still to be done with the files, and a first loading of them
+    "dino": prepare_dino,
+    "lpips": prepare_lpips,
+    "inception": lambda folder: (folder / inception.FILE).rename(folder / "model.pth"),
+    "text": lambda folder: load_text_encoder(folder, length=128, precision="bf16"),
+    "mask2former": lambda folder: detector.load_detector(folder / detector.FILE, "cpu"),
+    "clip": lambda folder: load_colors(folder, "cpu"),
+}
 
 
 def obtain(item: File, directory: str | None, target: Path) -> str:
@@ -85,25 +129,25 @@ def obtain(item: File, directory: str | None, target: Path) -> str:
     if directory is None:
         expected = download(item, target)
     else:
-        source = Path(directory) / item.name
+        source = Path(directory) / target.parent.name / item.name
         if not source.is_file():
             raise StorageError(f"{source} is missing: put the file from {item.url} there, or set weights.directory to "
                                "null to download it")
         shutil.copyfile(source, target)
-    found = sha256(target)
+    found = git_blob(target) if expected is not None and len(expected) == 40 else sha256(target)
     if expected is not None and not found.startswith(expected):
         target.unlink()
-        raise StorageError(f"{item.name} has sha256 {found}, but {expected}… was published: it is damaged or another "
+        raise StorageError(f"{item.name} has hash {found}, but {expected}… was published: it is damaged or another "
                            f"file; get it anew from {item.url}")
-    return found
+    return sha256(target)
 
 
 def download(item: File, target: Path) -> str:
     """Fetch the file; returns the hash that it must have."""
     try:
-        request = urllib.request.Request(item.url, headers={"User-Agent": "pixelgen"})
+        expected = item.sha256 or stated_hash(item.url)
+        request = urllib.request.Request(item.url, headers=AGENT)
         with urllib.request.urlopen(request, timeout=60) as answer, open(target, "wb") as file:
-            expected = item.sha256 or stated_hash(answer)
             shutil.copyfileobj(answer, file)
             length = answer.headers.get("Content-Length")
     except (urllib.error.URLError, OSError) as error:
@@ -112,44 +156,72 @@ def download(item: File, target: Path) -> str:
     if length is not None and target.stat().st_size != int(length):
         raise StorageError(f"{item.url}: the answer ended after {target.stat().st_size} of {length} bytes; try again")
     if expected is None:
-        raise StorageError(f"{item.url}: the host states no sha256 to check the file against")
+        raise StorageError(f"{item.url}: the host states no hash to check the file against")
     return expected
 
 
-def stated_hash(answer: object) -> str | None:
-    """The sha256 by which the Hub's storage names the file, from the last redirect's headers."""
-    tags = [answer.headers.get(name, "") for name in ("X-Linked-Etag", "ETag")]  # type: ignore[attr-defined]
-    return next((t.strip('"') for t in tags if len(t.strip('"')) == 64), None)
+class Stay(urllib.request.HTTPRedirectHandler):
+    """Follow no redirect: the Hub states a file's hash in the answer that leads to its storage."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def stated_hash(url: str) -> str | None:
+    """By which the Hub names a file: the sha256 of a large one, the id of a small one as a blob of git."""
+    try:
+        with urllib.request.build_opener(Stay).open(
+                urllib.request.Request(url, headers=AGENT, method="HEAD"), timeout=60) as answer:
+            headers = answer.headers
+    except urllib.error.HTTPError as error:
+        if not 300 <= error.code < 400:
+            raise
+        headers = error.headers
+    tags = [headers.get(name, "").strip('"') for name in ("X-Linked-Etag", "ETag")]
+    return next((tag for tag in tags if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", tag)), None)
+
+
+def git_blob(path: Path) -> str:
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------- demo
 
 STAND_IN: dict[str, Any] = {"architecture": "vit_small_patch14_dinov2",
                             "arguments": {"embed_dim": 64, "depth": 4, "num_heads": 4}}
-SIZE, GRID = 32, 2  # of the demo's images, in pixels; patches on a side with 16 px each
+SIZE, GRID = 32, 2  # of the digits, in pixels; patches on a side with 16 px each
+TEXT: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64}
+VOCABULARY = 512
+LOUDER = 5  # times the usual token embeddings: what random layers add to them shall not drown them
 
 
-def write_demo(out: Path, seed: int) -> dict:
-    """The loss networks see the digits' train split, the judge its own."""
-    images, labels = (torch.from_numpy(a) for a in digits("train", SIZE))
-    dino_accuracy = write_dino(out / "dino", images.permute(0, 3, 1, 2), labels, seed)
-    write_trunk(out / "lpips", seed)
-    images, labels = (torch.from_numpy(a) for a in digits("judge", SIZE))
-    judge = train_digits_classifier(images.permute(0, 3, 1, 2), labels, seed)
-    save_digits_classifier(judge, out / "digits")
-    images, labels = (torch.from_numpy(a) for a in digits("heldout", SIZE))
-    logits = DigitsJudge(judge, torch.device("cpu"))(images.permute(0, 3, 1, 2))["logits"]
-    return {"judge_accuracy_heldout": share(logits, labels), "dino_accuracy_train": dino_accuracy}
+def split(name: Literal["train", "judge", "heldout"]) -> tuple[Tensor, Tensor]:
+    """Digits (N, 3, 32, 32) uint8 and labels: the loss networks see `train`, the judge `judge`."""
+    images, labels = (torch.from_numpy(a) for a in digits(name, SIZE))
+    return images.permute(0, 3, 1, 2), labels
+
+
+def write_judge(out: Path, seed: int) -> dict:
+    """The classifier that scores digits."""
+    judge = train_digits_classifier(*split("judge"), seed)
+    save_digits_classifier(judge, out)
+    images, labels = split("heldout")
+    logits = DigitsJudge(judge, torch.device("cpu"))(images)["logits"]
+    return {"judge_accuracy_heldout": share(logits, labels)}
 
 
 def share(logits: Tensor, labels: Tensor) -> float:
     return round((logits.argmax(1) == labels).float().mean().item(), 4)
 
 
-def write_dino(out: Path, images: Tensor, labels: Tensor, seed: int, steps: int = 300) -> float:
-    """A small DINOv2-shaped network that was trained to tell the classes by its patch tokens; its accuracy then."""
+def write_dino(out: Path, seed: int, steps: int = 300) -> dict:
+    """A small DINOv2-shaped network that was trained to tell digits by its patch tokens; its accuracy then."""
     import timm
 
+    images, labels = split("train")
     torch.manual_seed(seed)
     network: Any = timm.create_model(STAND_IN["architecture"], num_classes=0, img_size=GRID * PATCH,
                                 **STAND_IN["arguments"])
@@ -166,22 +238,47 @@ def write_dino(out: Path, images: Tensor, labels: Tensor, seed: int, steps: int 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    out.mkdir()
     save_file({k: v.contiguous() for k, v in network.state_dict().items()}, out / "model.safetensors")
     write_json(out / "config.json", STAND_IN)
     with torch.no_grad():
-        return share(logits(x), labels)
+        return {"dino_accuracy_train": share(logits(x), labels)}
 
 
-def write_trunk(out: Path, seed: int) -> None:
+def write_trunk(out: Path, seed: int) -> dict:
     """An AlexNet trunk with random weights: LPIPS keeps much of its meaning with them (arXiv 1801.03924)."""
     from torchvision.models import alexnet
 
     torch.manual_seed(seed)
-    out.mkdir()
     save_file({f"features.{k}": v for k, v in alexnet(weights=None).features.state_dict().items()},
               out / "trunk.safetensors")
     write_json(out / "config.json", {"net": "alex"})
+    return {}
+
+
+def write_text(out: Path, seed: int) -> dict:
+    """A small Qwen3 with random weights, and a tokenizer that was trained on the captions of scenes."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+
+    texts = [template.format(prompt["prompt"].removeprefix(scenes.PHOTO))
+             for prompts in scenes.all_prompts().values() for prompt in prompts
+             for template in (*scenes.CAPTIONS.values(), *(prefix + "{}" for prefix in PREFIXES))]
+    pieces = ByteLevelBPETokenizer()
+    pieces.train_from_iterator(texts, vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"])
+    out.mkdir(exist_ok=True)
+    pieces.save_model(str(out))
+    tokenizer = Qwen2Tokenizer.from_pretrained(out)
+    tokenizer.save_pretrained(out)
+    torch.manual_seed(seed)
+    network = Qwen3Model(Qwen3Config(vocab_size=len(tokenizer), **TEXT))
+    with torch.no_grad():
+        network.embed_tokens.weight *= LOUDER
+    network.save_pretrained(out)
+    return {"tokens": len(tokenizer)}
+
+
+DEMO: dict[str, Callable[[Path, int], dict]] = {
+    "dino": write_dino, "lpips": write_trunk, "text": write_text, "digits": write_judge}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
 from pixelgen.metrics.geneval import COLORS, TEMPLATES, crop
 from pixelgen.metrics.pretrained import build, read_weights, weights_file
@@ -31,6 +30,8 @@ class ClipColors:
     """Call with an image, a class and objects of it: the colour of each. Its `name` says whose figures these are."""
 
     def __init__(self, network: Any, tokenizer: Any, name: str, device: torch.device) -> None:
+        from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor  # slow
+
         self.network, self.tokenizer, self.name, self.device = network, tokenizer, name, device
         size = network.config.vision_config.image_size
         self.prepare = Compose([Resize(size, InterpolationMode.BICUBIC), CenterCrop(size), ToTensor(),

@@ -21,6 +21,8 @@ SIZES: dict[str, dict] = {
 TEXT_SIZES: dict[str, dict] = {
     "XXL/16": dict(patch_size=16, width=1536, depth=16, text_depth=4, heads=24, bottleneck=256, text_width=2048,
                    text_length=128),
+    "demo-text/16": dict(patch_size=16, width=128, depth=4, text_depth=1, heads=4, bottleneck=64, text_width=64,
+                         text_length=12),
 }
 KINDS: dict[str, type] = {"jit": DenoiserConfig, "jit_t2i": TextDenoiserConfig}  # as named in exported models
 

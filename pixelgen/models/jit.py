@@ -54,7 +54,7 @@ class JiT(nn.Module):
 
     @property
     def null_label(self) -> int:
-        """The label that stands for 'no class'; training drops the condition to it, guidance starts from it."""
+        """The label that stands for 'no class'; training drops labels to it, guidance starts from it."""
         return self.config.num_classes
 
     @property

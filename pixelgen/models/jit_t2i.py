@@ -43,7 +43,7 @@ class JiTText(nn.Module):
         self.final_layer = Head(c.width, c.patch_size)
 
         # Positions run from 0 to G inclusive, as the published weights were trained; x and y alternate.
-        positions = torch.linspace(0, grid, grid, dtype=torch.float64)
+        positions = torch.arange(grid, dtype=torch.float64) * (grid / max(grid - 1, 1))
         y, x = rotary_angles(c.width // c.heads, positions, positions)
         angles = torch.stack([x, y], dim=-1).flatten(1)  # (N, d/2)
         self.register_buffer("rotary_cos", angles.cos().float(), persistent=False)

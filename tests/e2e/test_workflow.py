@@ -20,8 +20,10 @@ from ruamel.yaml import YAML
 from safetensors.numpy import load_file
 
 from pixelgen.cli import main
+from pixelgen.metrics.geneval import list_images
 
 ROOT = Path(__file__).parents[2]
+JUDGED = ("sample@geneval", "evaluate@geneval", "report")
 yaml = YAML()
 
 
@@ -30,8 +32,18 @@ def tiny(params):
     c2i = params["train"]["c2i"]
     c2i["fit"] |= {"steps": 30, "batch_size": 16, "checkpoint_every": 5, "log_every": 2, "grid_every": 15}
     c2i["grid_sampler"]["steps"] = 2
-    params["sample"]["c2i"] |= {"per_class": 4, "part_size": 7}
+    params["sample"]["c2i"] |= {"per_prompt": 4, "part_size": 7}
     params["sample"]["c2i"]["sampler"] |= {"name": "euler", "steps": 3}
+    for name, count in (("scenes-pretrain", 90), ("scenes-sft", 40)):
+        params["datasets"][name]["sources"]["scenes"]["count"] = count
+        params["datasets"][name]["rows_per_shard"] = 30
+    for stage in ("t2i-256", "t2i-512", "sft"):
+        params["train"][stage]["fit"] |= {"steps": 4, "batch_size": 8, "checkpoint_every": 2, "log_every": 2,
+                                          "grid_every": 4}
+        params["train"][stage]["grid_sampler"]["steps"] = 2
+    params["sample"]["geneval"] |= {"per_prompt": 2, "part_size": 30}
+    params["sample"]["geneval"]["sampler"]["steps"] = 2
+    params["evaluate"]["geneval"]["batch_size"] = 30
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +133,23 @@ def test_repro_runs_everything(workspace):
         "step-00000015.png", "step-00000030.png"]
 
 
+def test_text_goes_through_its_three_stages_and_is_judged(workspace):
+    sizes = [json.loads((workspace / f"out/train/{s}/model/config.json").read_text())["config"]["image_size"]
+             for s in ("t2i-256", "t2i-512", "sft")]
+    assert sizes == [32, 64, 64]
+    metrics = json.loads((workspace / "metrics/geneval.json").read_text())
+    assert "geneval" not in metrics and metrics["detector"] == "geometric"
+    assert metrics["geneval_demo"] <= 0.1 and metrics["geneval_demo_untrained"] <= 0.1, "four steps teach nothing"
+    assert metrics["geneval_demo_rendered"] >= 0.99 and metrics["geneval_demo_shuffled"] <= 0.1
+    samples = list_images(workspace / "out/sample/geneval/images")  # the benchmark's own layout
+    records = [json.loads(line) for line in (workspace / "out/evaluate/geneval/results.jsonl").read_text().splitlines()]
+    assert [r["filename"] for r in records] == [s.filename for s in samples]
+    assert len(records) == metrics["samples"]["count"] == 2 * metrics["prompts"]
+    assert np.asarray(Image.open(samples[0].path)).shape == (64, 64, 3)
+    page = (workspace / "out/report/index.html").read_text()
+    assert "✗ a photo of a circle: expected circle&gt;=1, found 0" in page and "shuffled" in page
+
+
 def test_nothing_runs_again(workspace):
     assert "Data and pipelines are up to date." in dvc(workspace, "repro")
 
@@ -130,6 +159,8 @@ def test_nothing_runs_again(workspace):
     (lambda p: p["train"]["c2i"]["objective"].update(lpips_weight=0.2),
      {"train@c2i", "sample@c2i", "evaluate@fid", "report"}),
     (lambda p: p["evaluate"]["fid"].update(batch_size=99), {"evaluate@fid", "report"}),
+    (lambda p: p["train"]["sft"]["optimizer"].update(lr=1e-5), {"train@sft", *JUDGED}),
+    (lambda p: p["train"]["t2i-512"]["optimizer"].update(lr=1e-5), {"train@t2i-512", "train@sft", *JUDGED}),
 ])
 def test_a_parameter_reruns_what_depends_on_it(workspace, change, rerun):
     before = (workspace / "params.yaml").read_text()
@@ -141,8 +172,10 @@ def test_a_parameter_reruns_what_depends_on_it(workspace, change, rerun):
 @pytest.mark.parametrize(("file", "rerun"), [
     ("README.md", set()),
     ("clusters/local.yaml", set()),
-    ("pixelgen/samplers.py", {"sample@c2i", "evaluate@fid", "report"}),
-    ("pixelgen/losses.py", {"train@c2i", "sample@c2i", "evaluate@fid", "report"}),
+    ("pixelgen/samplers.py", {"sample@c2i", "evaluate@fid", *JUDGED}),
+    ("pixelgen/losses.py", {"train@c2i", "train@t2i-256", "train@t2i-512", "train@sft", "sample@c2i", "evaluate@fid",
+                            *JUDGED}),
+    ("pixelgen/prompts.py", {"prompts@geneval", "sample@c2i", "evaluate@fid", *JUDGED}),
 ])
 def test_an_edited_file_reruns_what_is_made_of_it(workspace, file, rerun):
     before = (workspace / file).read_text()

@@ -117,7 +117,7 @@ def run(case, gated, monkeypatch):
                              pdino_weight=weights["pdino"], gate_threshold=s["percept_t_threshold"], timeshift=1.0,
                              gated=tuple(name for name in gated if weights[name]), balance_start=None)
     networks = Recorded(a, config.pdino_block)
-    objective = Objective(config, s["patch_size"], networks, networks.lpips)
+    objective = Objective(config, s["patch_size"], torch.tensor(0), networks, networks.lpips)
     draws = Draws(a["noise_draw"] * s["noise_scale"], a["t"], torch.zeros(len(a["t"]), dtype=torch.long))
     losses = objective(networks.model, a["x"], draws, r["percept_weight"])
     losses.total.backward()
@@ -242,7 +242,7 @@ def toy_lpips(prediction, x):
 
 
 class FixedDraws(Objective):
-    def draw(self, x, condition, null):
+    def draw(self, x, condition):
         return self.draws
 
 
@@ -263,7 +263,7 @@ def test_toy_training_steps():
     assert bool((a["t"] >= s["threshold"]).all()), "the numbers hold for either reading of the gate"
     config = ObjectiveConfig(repa_weight=s["feat_loss_weight"], lpips_weight=s["lpips_weight"],
                              pdino_weight=s["dino_weight"], gate_threshold=s["threshold"])
-    objective = FixedDraws(config, 16, ToyDino(a, TOY["patch"]), toy_lpips)
+    objective = FixedDraws(config, 16, torch.tensor(0), ToyDino(a, TOY["patch"]), toy_lpips)
     objective.draws = Draws(a["noise"], a["t"], torch.zeros(TOY["batch"], dtype=torch.long))
     model = ToyModel(ToyDenoiser(a, TOY["patch"]), a)
     state = TrainState(model, ema_copy(model.denoiser), torch.optim.SGD(model.parameters(), lr=0.0))

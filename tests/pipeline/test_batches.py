@@ -1,6 +1,8 @@
 """The order of samples: its invariants for any shards, lanes and ranks, and that reading follows it."""
 
+import dataclasses
 import json
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -9,13 +11,30 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline.batches import SCHEMA, WINDOW, Plan, Split, load_window, open_split, read_images
+from pipeline.batches import (
+    PREFIXES,
+    SCHEMA,
+    WINDOW,
+    Plan,
+    Source,
+    Split,
+    load_window,
+    open_split,
+    prompt,
+    read_images,
+)
+from pipeline.params import TextParams
 from pipeline.storage import MANIFEST, StorageError, publish
+from pixelgen.images import adm_crop
 from tests.pipeline.folders import picture
 
 
-def plan_of(rows, seed=0, batch_size=4, lanes=2):
-    return Plan(Split(tuple(f"{n}.parquet" for n in range(len(rows))), tuple(rows)), seed, batch_size, lanes)
+def plan_of(*rows, seed=0, batch_size=4, lanes=2, weights=None, text=None):
+    """A plan of sources whose shards have so many rows; their weights, if not given, are their sizes."""
+    sources = [Source(Split(tuple(f"{n}.parquet" for n in range(len(r))), tuple(r)), sum(r)) for r in rows]
+    sources = [dataclasses.replace(s, weight=w) for s, w in zip(sources, weights or [s.weight for s in sources],
+                                                               strict=True)]
+    return Plan(tuple(sources), 8, seed, batch_size, lanes, text)
 
 
 @st.composite
@@ -23,56 +42,71 @@ def plans(draw):
     lanes, lane_size = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     rows = draw(st.lists(st.integers(0, 60), min_size=1, max_size=6))  # ragged, some smaller than a window, some empty
     assume(sum(rows) >= lanes * lane_size)
-    return plan_of(rows, draw(st.integers(0, 3)), lanes * lane_size, lanes)
+    return plan_of(rows, seed=draw(st.integers(0, 3)), batch_size=lanes * lane_size, lanes=lanes)
+
+
+def windows(plan, lane, start, stop):
+    """What a lane sees in windows from one number to another: (n, 3), source, shard and row."""
+    return np.concatenate([plan.rows(n, lane).reshape(-1, 3) for n in range(start, stop)])
 
 
 def sequence(plan, lane, start, stop):
-    """What a lane sees from one step to another: (stop - start, lane_size, 2), read window by window."""
-    parts, step = [], start
-    while step < stop:
-        epoch, number, steps = plan.window(step)
-        assert step in steps
-        parts.append(plan.rows(epoch, number, lane)[step - steps.start:min(steps.stop, stop) - steps.start])
-        step = steps.stop
-    return np.concatenate(parts)
+    """What a lane sees from one step to another: (stop - start, lane_size, 3)."""
+    whole = windows(plan, lane, start // WINDOW, -(-stop // WINDOW)).reshape(-1, plan.lane_size, 3)
+    return whole[start % WINDOW:][:stop - start]
 
 
 @settings(deadline=None)
-@given(plans(), st.integers(0, 3))
-def test_every_row_comes_at_most_once_an_epoch_and_lanes_share_none(plan, epoch):
-    first = epoch * plan.steps_per_epoch
-    seen = np.concatenate([sequence(plan, lane, first, first + plan.steps_per_epoch).reshape(-1, 2)
-                           for lane in range(plan.lanes)])
-    assert len(seen) == plan.steps_per_epoch * plan.batch_size
-    assert len({(shard, row) for shard, row in seen.tolist()}) == len(seen)
-    assert all(0 <= row < plan.split.rows[shard] for shard, row in seen.tolist())
-    left_out = plan.split.total - len(seen)
-    assert 0 <= left_out < plan.batch_size + plan.lanes
+@given(plans())
+def test_an_epoch_has_every_row_at_most_once_and_lanes_share_none(plan):
+    """As many windows as a lane has rows are as many epochs as a window has rows."""
+    epochs, segment = WINDOW * plan.lane_size, plan.sources[0].split.total // plan.lanes
+    seen = Counter(tuple(row) for lane in range(plan.lanes) for row in windows(plan, lane, 0, segment).tolist())
+    assert seen.total() == epochs * segment * plan.lanes
+    assert max(seen.values()) <= epochs
+    assert all(0 <= row < plan.sources[0].split.rows[shard] for _, shard, row in seen)
+    left_out = plan.sources[0].split.total - segment * plan.lanes
+    assert 0 <= left_out < plan.lanes
+
+
+def test_an_epoch_ends_where_it_should():
+    """Two lanes with a segment of exactly three windows: all rows in these, and again in the next three."""
+    plan = plan_of([40, 150, 2], batch_size=4, lanes=2)
+    for epoch in range(3):
+        seen = Counter(tuple(row) for lane in (0, 1) for row in windows(plan, lane, 3 * epoch, 3 * epoch + 3).tolist())
+        assert len(seen) == 192 and set(seen.values()) == {1}
+
+
+def test_a_mixture_has_its_weights_in_every_window():
+    plan = plan_of([50, 50], [7], [900], batch_size=12, lanes=4, weights=[1, 1, 2])  # 48 rows a window of a lane
+    assert plan.quotas == [12, 12, 24]
+    for lane in range(4):
+        for number in range(5):
+            assert np.bincount(plan.rows(number, lane)[..., 0].ravel()).tolist() == [12, 12, 24]
+    small = Counter(tuple(row[1:]) for lane in range(4) for row in windows(plan, lane, 0, 1).tolist() if row[0] == 1)
+    assert small.total() == 48 and {row for _, row in small} == set(range(7)), "again and again, but all of them"
+    steps = [np.bincount(step[:, 0], minlength=3).tolist() for step in plan.rows(0, 0)]
+    assert len({tuple(s) for s in steps}) > 3, "sources are mixed inside a window, not in blocks"
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=5), st.integers(1, 40))
+def test_quotas_are_the_nearest_whole_rows(weights, lane_size):
+    plan = plan_of(*([[100]] * len(weights)), batch_size=lane_size, lanes=1, weights=weights)
+    exact = np.array(weights) / sum(weights) * WINDOW * lane_size
+    assert sum(plan.quotas) == WINDOW * lane_size and np.abs(plan.quotas - exact).max() < 1
 
 
 @settings(deadline=None)
-@given(plans(), st.data())
-def test_a_run_resumed_anywhere_sees_the_tail_of_the_same_sequence(plan, data):
-    stop = 2 * plan.steps_per_epoch + data.draw(st.integers(0, WINDOW))
-    start, lane = data.draw(st.integers(0, stop - 1)), data.draw(st.integers(0, plan.lanes - 1))
-    whole = sequence(plan, lane, 0, stop)
-    assert whole.shape == (stop, plan.lane_size, 2)
-    assert np.array_equal(sequence(plan, lane, start, stop), whole[start:])
-
-
-@settings(deadline=None)
-@given(plans(), st.integers(0, 500))
-def test_windows_tile_every_epoch(plan, step):
-    epoch, number, steps = plan.window(step)
-    assert step in steps and 1 <= len(steps) <= WINDOW
-    assert epoch == step // plan.steps_per_epoch
-    assert plan.window(steps.stop)[:2] == ((epoch, number + 1) if steps.stop % plan.steps_per_epoch else (epoch + 1, 0))
+@given(st.integers(0, 200), st.integers(0, 200))
+def test_windows_tile_the_steps(start, stop):
+    firsts = [*plan_of([400]).windows(start, stop)]
+    assert firsts == [s for s in range(start, stop) if s == start or s % WINDOW == 0]
 
 
 def test_a_window_is_shuffled_but_holds_the_same_neighbours():
     arcs = []
-    for seed, epoch, number, lane in ((0, 0, 0, 0), (0, 0, 1, 0), (0, 0, 1, 1), (0, 3, 1, 0), (1, 0, 0, 0)):
-        window = plan_of([400], seed).rows(epoch, number, lane)[..., 1].ravel().tolist()
+    for seed, number, lane in ((0, 0, 0), (0, 1, 0), (0, 1, 1), (0, 15, 0), (1, 0, 0)):
+        window = plan_of([400], seed=seed).rows(number, lane)[..., 2].ravel().tolist()
         first, = (row for row in window if (row - 1) % 400 not in window)  # one arc of the ring, so one beginning
         arc = [(row - first) % 400 for row in window]
         assert sorted(arc) == list(range(2 * WINDOW)) and arc != sorted(arc) and arc not in arcs
@@ -80,29 +114,22 @@ def test_a_window_is_shuffled_but_holds_the_same_neighbours():
 
 
 def test_seed_and_epoch_change_the_order():
-    orders = [plan_of([400], seed).rows(epoch, 1, 0).tolist() for seed in range(3) for epoch in range(3)]
+    orders = [plan_of([384], seed=seed).rows(6 * epoch, 0).tolist() for seed in range(3) for epoch in range(3)]
     assert all(one != other for n, one in enumerate(orders) for other in orders[:n])
-    assert orders[4] == plan_of([400], 1).rows(1, 1, 0).tolist()
+    assert orders[4] == plan_of([384], seed=1).rows(6, 0).tolist()
 
 
 @pytest.mark.parametrize("rows", [[103], [40, 40, 23], [1] * 103])
 def test_every_row_is_seen_sooner_or_later(rows):
-    """Rows that do not fill a step sit out, but not the same ones in every epoch, not even in a single shard."""
-    plan = plan_of(rows, batch_size=8, lanes=4)
-    seen, missed = set(), []
-    for epoch in range(30):
-        first = epoch * plan.steps_per_epoch
-        now = {tuple(pair) for lane in range(4)
-               for pair in sequence(plan, lane, first, first + plan.steps_per_epoch).reshape(-1, 2).tolist()}
-        missed.append(sum(rows) - len(now))
-        seen |= now
-    assert set(missed) == {103 - 96}
+    """Rows beyond the last segment sit out, but not the same ones in every epoch, not even in a single shard."""
+    plan = plan_of(rows, batch_size=8, lanes=4)  # segments of 25 rows, 3 left out
+    seen = {tuple(row) for lane in range(4) for row in windows(plan, lane, 0, 25).tolist()}
     assert len(seen) == sum(rows)
 
 
 def test_shards_come_in_another_order_every_epoch():
     plan = plan_of([64] * 8, batch_size=2, lanes=1)
-    epochs = [sequence(plan, 0, first, first + 256)[..., 0].ravel().tolist() for first in range(0, 5 * 256, 256)]
+    epochs = [windows(plan, 0, first, first + 16)[:, 1].tolist() for first in range(0, 5 * 16, 16)]
     orders = {tuple(dict.fromkeys(shards)) for shards in epochs}
     assert len(orders) == 5
 
@@ -110,6 +137,26 @@ def test_shards_come_in_another_order_every_epoch():
 def test_too_few_images_for_a_batch_is_an_error_that_says_so():
     with pytest.raises(ValueError, match="7 training images are fewer than one batch of 8: lower"):
         plan_of([7], batch_size=8, lanes=1).check()
+    with pytest.raises(ValueError, match="source 1 of the mixture has weight 0.001, less than one image in 64"):
+        plan_of([900], [900], batch_size=8, lanes=2, weights=[1, 0.001]).check()
+    plan_of([8], batch_size=8, lanes=1).check()
+
+
+# ----------------------------------------------------------------------------------------------------- captions
+
+
+def test_a_caption_is_drawn_by_weight_and_prefixed_by_chance():
+    text = TextParams(prefix_probability=0.5, short_words=3)
+    dice = np.random.default_rng(0).random((4000, 3))
+    drawn = Counter(prompt(["a red dog", "one two three four", None], (1.0, 3.0, 9.0), text, die) for die in dice)
+    assert set(drawn) == {"a red dog", "one two three four", *(p + "a red dog" for p in PREFIXES)}
+    assert len(PREFIXES) == 7
+    assert drawn["one two three four"] / 4000 == pytest.approx(0.75, abs=0.03)
+    assert drawn["a red dog"] / 4000 == pytest.approx(0.125, abs=0.02)
+    assert all(drawn[p + "a red dog"] / 4000 == pytest.approx(0.125 / 7, abs=0.01) for p in PREFIXES)
+    never = TextParams(prefix_probability=0.0, short_words=3)
+    assert {prompt(["a"], (1.0,), never, die) for die in dice} == {"a"}
+    assert prompt([None, "b"], (1.0, 0.0), never, dice[0]) == "b", "the only one it has, whatever its weight"
 
 
 # ------------------------------------------------------------------------------------------------------ reading
@@ -123,7 +170,8 @@ def dataset(tmp_path_factory):
         table = []
         for _ in range(rows):
             picture(number, 8, 8).save(directory / "one.png")
-            table.append({"key": f"k{number}", "image": (directory / "one.png").read_bytes(), "label": number})
+            table.append({"key": f"k{number}", "image": (directory / "one.png").read_bytes(), "label": number,
+                          "captions": [f"picture {number}"]})
             number += 1
         pq.write_table(pa.Table.from_pylist(table, schema=SCHEMA), directory / f"train-{n}.parquet")
         shards.append({"path": f"train-{n}.parquet", "rows": rows, "size": 8})
@@ -153,36 +201,48 @@ def test_a_manifest_cannot_name_shards_that_it_holds_no_checksum_of(dataset, tmp
         open_split(tmp_path, "train")
 
 
+def reading(dataset, **options):
+    """A plan that reads the dataset, at its own size unless another is asked for."""
+    values = {"image_size": 8, "seed": 5, "batch_size": 8, "lanes": 4, "text": None} | options
+    return Plan((Source(open_split(dataset, "train"), captions=(1.0,)),), **values)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_reading_follows_the_plan_for_any_split_of_lanes_to_ranks(dataset, ranks):
-    plan = Plan(open_split(dataset, "train"), seed=5, batch_size=8, lanes=4)
-    stop = 3 * plan.steps_per_epoch - 1
-    seen = {}
+    plan, stop, seen = reading(dataset), 40, {}
     for rank in range(ranks):
         lanes = range(rank * 4 // ranks, (rank + 1) * 4 // ranks)
-        step = 0
-        while step < stop:
+        for step in plan.windows(0, stop):
             columns = load_window(plan, lanes, step, stop)
             order = list(zip(columns["step"].tolist(), columns["lane"].tolist(), strict=True))
-            end = min(plan.window(step)[2].stop, stop)
+            end = min(step + WINDOW, stop)
             assert order == [(s, lane) for s in range(step, end) for lane in lanes for _ in range(plan.lane_size)]
-            for n, (place, label) in enumerate(zip(order, columns["label"].tolist(), strict=True)):
+            for n, (place, label) in enumerate(zip(order, columns["condition"].tolist(), strict=True)):
                 assert columns["key"][n] == f"k{label}"
                 assert np.array_equal(columns["image"][n], picture(label, 8, 8))
                 seen.setdefault(place, []).append(label)
-            step = end
     starts = np.cumsum([0, 5, 9])
-    assert seen == {(step, lane): [int(starts[shard] + row) for shard, row in sequence(plan, lane, step, step + 1)[0]]
+    assert seen == {(step, lane): [int(starts[shard] + row) for _, shard, row in
+                                   sequence(plan, lane, step, step + 1)[0]]
                     for step in range(stop) for lane in range(4)}
 
 
-def test_reading_may_begin_and_end_inside_a_window(dataset):
-    plan = Plan(open_split(dataset, "train"), seed=5, batch_size=1, lanes=1)
-    whole = load_window(plan, [0], 16, 32)  # the second window of the epoch
-    first_of = np.cumsum([0, 5, 9])
-    assert whole["label"].tolist() == [int(first_of[s] + row) for s, row in sequence(plan, 0, 16, 32)[:, 0]]
+@pytest.mark.parametrize("text", [None, TextParams(0.5, 3)])
+def test_reading_may_begin_and_end_inside_a_window(dataset, text):
+    plan = reading(dataset, batch_size=1, lanes=1, text=text)
+    whole = load_window(plan, [0], 16, 64)
     assert whole["step"].tolist() == list(range(16, 32))
-    assert list(plan.windows(16, 32)) == [16] and list(plan.windows(21, 40)) == [21, 32, 37]
     part = load_window(plan, [0], 21, 27)
     for name in whole:
         assert np.array_equal(part[name], whole[name][5:11])
+    if text:
+        assert {c.removeprefix(p) for c in whole["condition"].tolist() for p in ("", *PREFIXES) if c.startswith(p)} >= {
+            f"picture {key[1:]}" for key in whole["key"].tolist()}
+        assert any(c.startswith(PREFIXES) for c in whole["condition"]) and not all(
+            c.startswith(PREFIXES) for c in whole["condition"])
+
+
+def test_larger_images_are_resized_as_adm_does(dataset):
+    columns = load_window(reading(dataset, image_size=4), [0], 0, 4)
+    for key, image in zip(columns["key"].tolist(), columns["image"], strict=True):
+        assert np.array_equal(image, adm_crop(picture(int(key[1:]), 8, 8), 4))

@@ -5,12 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline.params import Params, fingerprint, read_params, read_yaml
 from pixelgen.config import ConfigError, load
-from pixelgen.models.jit import JiT
+from pixelgen.models import build_denoiser
 
 ROOT = Path(__file__).parents[2]
 PRESETS = sorted(ROOT.glob("presets/**/*.yaml"))
@@ -27,14 +28,14 @@ def test_every_preset_loads_and_builds_its_model(path):
     assert params.train
     for train in params.train.values():
         with torch.device("meta"):
-            JiT(train.denoiser.resolve())
+            build_denoiser(train.denoiser.resolve())
         assert train.fit.lanes % 2 == 0
 
 
 def test_the_committed_params_are_the_demo_preset():
     assert (ROOT / "params.yaml").read_text() == (ROOT / "presets/demo.yaml").read_text()
-    assert {p.stem for p in PRESETS} == {"demo", "imagenet256-l", "imagenet256-xl", "imagenet256-xl-cfg", "repa",
-                                         "lpips", "pdino"}
+    assert {p.stem for p in PRESETS} == {"demo", "imagenet256-l", "imagenet256-xl", "imagenet256-xl-cfg", "t2i-xxl",
+                                         "repa", "lpips", "pdino"}
 
 
 def test_the_presets_hold_the_papers_settings():
@@ -44,6 +45,20 @@ def test_the_presets_hold_the_papers_settings():
     assert terms == [(0, 0, 0), (0.1, 0, 0), (0.1, 0.01, 0), (0.1, 0.01, 0.3), (0.1, 0.01, 0.3)]
     assert [t.fit.steps for t in ladder.values()] == [200_000] * 4 + [400_000]
     assert all(t.fit.batch_size == 256 and t.optimizer.lr == 1e-4 for t in ladder.values())
+
+
+def test_the_text_preset_holds_the_papers_settings():
+    params = read_params(ROOT / "presets/t2i-xxl.yaml")
+    chain = [params.train[key] for key in ("t2i-256", "t2i-512", "sft")]
+    assert [t.init for t in chain] == ["none", "t2i-256", "t2i-512"]
+    assert [(t.denoiser.image_size, t.fit.batch_size, t.optimizer.lr, t.optimizer.betas) for t in chain] == [
+        (256, 1536, 2e-4, (0.9, 0.95)), (512, 512, 1e-4, (0.9, 0.95)), (512, 512, 1e-5, (0.9, 0.999))]
+    assert np.cumsum([t.fit.steps for t in chain]).tolist() == [200_000, 300_000, 360_000]
+    assert all(t.optimizer.clip == 1.0 and t.fit.ema_decay == 0.9999 and t.denoiser.size == "XXL/16" for t in chain)
+    assert [t.fit.batch_size // t.fit.lanes for t in chain] == [64, 16, 16], "images of a GPU at a time"
+    sampler = params.sample["geneval"].sampler
+    assert (sampler.name, sampler.order, sampler.steps, sampler.guidance, sampler.timeshift) == (
+        "adams_bashforth", 2, 25, 4.0, 3.0)
 
 
 def replaced(data, dotted, value):
@@ -62,7 +77,7 @@ def replaced(data, dotted, value):
     ("train.c2i.fit.steps", "many", "train.c2i.fit.steps: expected int, got 'many'"),
     ("train.c2i.fit.compile", 1, "train.c2i.fit.compile: expected bool, got 1"),
     ("train.c2i.fit.lanes", 3, "batch_size 64 is not a multiple of lanes 3"),
-    ("train.c2i.denoiser.size", "XXL", "denoiser size: 'XXL' is not known"),
+    ("train.c2i.denoiser.size", "XXL", "denoiser: size: 'XXL' is not known"),
     ("train.c2i.denoiser.image_size", 64, "denoiser.image_size 64 is none of datasets.digits.image_sizes [32]"),
     ("train.c2i.denoiser.image_size", 40, "image_size 40 is not a multiple of patch_size 16"),
     ("train.c2i.dataset", "digit", "train.c2i.dataset: 'digit' is not known (did you mean 'digits'?)"),
@@ -73,22 +88,54 @@ def replaced(data, dotted, value):
     ("sample.c2i.sampler.interval", [0.9, 0.1], "interval [0.9, 0.1] must satisfy"),
     ("sample.c2i.sampler.order", 2, "order 2: only adams_bashforth has one"),
     ("evaluate.fid.reference", "imagenet", "evaluate.fid.reference: 'imagenet' is not known"),
-    ("reference.digits.extractor", "inception", "inception comes with weights.source published"),
+    ("reference.digits.extractor", "inception", "extractor needs the network inception: add it to weights.networks"),
+    ("weights.networks", ["dino", "lpips", "text", "digits", "clip"], "there is no clip with source demo"),
+    ("weights.networks", ["lpips", "text", "digits"], "train.c2i needs the network dino: add it"),
+    ("weights.networks", ["dino", "lpips", "digits"], "train.t2i-256 needs the network text: add it"),
+    ("train.t2i-512.init", "t2i-25", "train.t2i-512.init: 't2i-25' is not known (did you mean 't2i-256'?)"),
+    ("train.t2i-256.init", "sft", "train.t2i-256.init: t2i-256 <- sft <- t2i-512 <- t2i-256 goes round in a circle"),
+    ("train.sft.init", "c2i", "train.sft.init: c2i trains demo/16, not demo-text/16"),
+    ("train.sft.text", None, "train.sft.text: scenes-sft has captions: it is needed"),
+    ("train.sft.text.prefix_probability", 1.5, "prefix_probability 1.5 must lie in [0, 1]"),
+    ("train.sft.mixture", {"scene": 1}, "train.sft.mixture: source: 'scene' is not known"),
+    ("train.sft.mixture", {"scenes": 0}, "train.sft.mixture: every weight must be positive"),
+    ("train.sft.denoiser.image_size", 32, "denoiser.image_size 32 is none of datasets.scenes-sft.image_sizes [64]"),
+    ("train.sft.denoiser.num_classes", 10, "num_classes 10: demo-text/16 is text-conditional: null"),
+    ("train.c2i.denoiser.num_classes", None, "num_classes: demo/16 is class-conditional and needs a number"),
+    ("train.c2i.denoiser.size", "demo-text/16", "num_classes 10: demo-text/16 is text-conditional"),
+    ("prompts.none", {"source": "scenes", "path": None}, "prompts: a key cannot be called 'none'"),
+    ("prompts.geneval.path", "x", "path: a file needs the path or URL of the prompts"),
+    ("sample.geneval.prompts", "none", "layout geneval: npz is for classes (prompts: none)"),
+    ("sample.geneval.layout", "dpg", "10 images per prompt: the layout of DPG-Bench shows 4"),
+    ("sample.c2i.model", "sft", "sample.c2i.prompts: sft draws prompts: name a key of prompts"),
+    ("sample.c2i.negative", "x", "negative: only prompts have a negative"),
+    ("evaluate.geneval.detector", "mask2former", "detector mask2former: geometric is for the demo's scenes"),
+    ("evaluate.geneval.detector", None, "detector None: geneval needs one"),
+    ("evaluate.geneval.reference", "digits", "reference digits: fid needs a key of reference, geneval has none"),
+    ("evaluate.geneval.sample", "c2i", "evaluate.geneval: c2i has layout npz, not geneval"),
+    ("evaluate.fid.sample", "geneval", "evaluate.fid: geneval has layout geneval, not npz"),
+    ("datasets.scenes-sft.sources.scenes.count", None, "count and clutter: scenes needs both"),
+    ("datasets.scenes-sft.sources.scenes.captions", {"txt": 1}, "captions: column of scenes: 'txt' is not known"),
     ("datasets.digits.sources.digits.path", "x", "path: digits are made here: set it to null"),
     ("datasets.digits.sources.digits.format", "image_folder", "path: image_folder needs the folder"),
     ("datasets.digits.sources.digits.format", "tar", "sources.digits.format: 'tar' is not known"),
     ("datasets.digits.sources.digits.captions", {"txt": 1}, "captions: digits has labels instead: set it to null"),
     ("datasets.digits.sources.digits.image", "jpg", "image: digits has no columns: set it to null"),
-    ("datasets.digits.sources.digits", {"format": "parquet", "path": "x", "captions": None, "image": "image"},
+    ("datasets.digits.sources.digits", {"format": "parquet", "path": "x", "captions": None, "image": "image",
+                                        "count": None, "clutter": None},
      "captions: parquet needs the columns"),
-    ("datasets.digits.sources.digits", {"format": "parquet", "path": "x", "captions": {"a": 1, "b": -1}, "image": "i"},
+    ("datasets.digits.sources.digits", {"format": "parquet", "path": "x", "captions": {"a": 1, "b": -1}, "image": "i",
+                                        "count": None, "clutter": None},
      "captions: of the weights [1.0, -1.0] none may be negative and one must be positive"),
-    ("datasets.digits.sources.digits", {"format": "webdataset", "path": "x", "captions": {"txt": 0.5}, "image": None},
+    ("datasets.digits.sources.digits", {"format": "webdataset", "path": "x", "captions": {"txt": 0.5}, "image": None,
+                                        "count": None, "clutter": None},
      "image: webdataset needs the name of the column or member"),
-    ("datasets.digits.sources.more", {"format": "image_folder", "path": "x", "captions": None, "image": None},
+    ("datasets.digits.sources.more", {"format": "image_folder", "path": "x", "captions": None, "image": None,
+                                      "count": None, "clutter": None},
      "sources: labelled data has exactly one"),
     ("datasets.digits.sources", {}, "sources: at least one is needed"),
-    ("datasets.digits.sources", {"../x": {"format": "digits", "path": None, "captions": None, "image": None}},
+    ("datasets.digits.sources", {"../x": {"format": "digits", "path": None, "captions": None, "image": None,
+                                        "count": None, "clutter": None}},
      "sources: '../x' names files: use letters"),
     ("datasets.digits.image_sizes", [], "image_sizes [] must be ascending, and at least one"),
     ("datasets.digits.image_sizes", [64, 32], "image_sizes [64, 32] must be ascending"),

@@ -6,26 +6,27 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline.batches import Plan, lane_batches, load_window, open_split
+from pipeline.batches import Plan, Source, lane_batches, load_window, open_split
 from pipeline.cluster import connect, read_cluster
 from pipeline.datasets.work import write_job
-from pipeline.params import read_params
+from pipeline.params import TextParams, read_params
 from pipeline.stages import shard
 from pipeline.storage import read_manifest
 from tests.pipeline.folders import SIZE, make_plain, make_run, make_tar, pairs
 
 ROOT = Path(__file__).parents[2]
 PARAMS = """
-weights: {{source: demo, directory: null, seed: 0}}
+weights: {{source: demo, networks: [], directory: null, seed: 0}}
 datasets:
   plain:
-    sources: {{folder: {{format: image_folder, path: {data}, captions: null, image: null}}}}
+    sources: {{folder: {{format: image_folder, path: {data}, captions: null, image: null, count: null, clutter: null}}}}
     image_sizes: [{size}]
     crop: adm
     encoding: png
@@ -35,7 +36,8 @@ datasets:
     max_megapixels: 1
     seed: 0
   tars:
-    sources: {{tars: {{format: webdataset, path: {data}/../tars, captions: {{txt: 1}}, image: jpg}}}}
+    sources: {{tars: {{format: webdataset, path: {data}/../tars, captions: {{txt: 1}}, image: jpg, count: null,
+                     clutter: null}}}}
     image_sizes: [16, 32]
     crop: plain
     encoding: jpeg
@@ -46,6 +48,7 @@ datasets:
     seed: 0
 reference: {{}}
 train: {{}}
+prompts: {{}}
 sample: {{}}
 evaluate: {{}}
 """
@@ -143,17 +146,25 @@ def test_a_run_killed_in_the_middle_goes_on_and_ends_as_an_undisturbed_one(sessi
 
 
 @pytest.mark.parametrize("start", [0, 21])
-def test_ray_hands_a_rank_its_lanes_in_the_order_of_the_plan(session, start):
-    plan = Plan(open_split(Path("out/shard/plain").absolute(), "train"), seed=1, batch_size=4, lanes=4)
-    lanes, stop, seen, step = [2, 3], 40, [], start  # more than two epochs of about 18 steps
-    while step < stop:
+@pytest.mark.parametrize("data", ["plain", "tars"])
+def test_ray_hands_a_rank_its_lanes_in_the_order_of_the_plan(session, start, data):
+    text = TextParams(0.5, 5) if data == "tars" else None
+    split = open_split(Path(f"out/shard/{data}").absolute(), "train")
+    plan = Plan((Source(split, captions=(1.0,)),), SIZE, seed=1, batch_size=4, lanes=4, text=text)
+    lanes, stop, seen = [2, 3], 40, []
+    for step in plan.windows(start, stop):
         columns = load_window(plan, lanes, step, stop)
-        seen += list(zip(*(columns[name].tolist() for name in ("step", "lane", "key", "label")), columns["image"],
+        seen += list(zip(*(columns[name].tolist() for name in ("step", "lane", "key", "condition")), columns["image"],
                          strict=True))
-        step = plan.window(step)[2].stop
-    got = list(lane_batches(plan, lanes, start, stop, torch.device("cpu")))
+
+    def encode(prompts):
+        return torch.tensor([[float(zlib.crc32(p.encode()))] for p in prompts])
+
+    got = list(lane_batches(plan, lanes, start, stop, torch.device("cpu"), encode if text else None))
     assert [[(b.step, b.lane) for b in rank] for rank in got] == [[(s, 2), (s, 3)] for s in range(start, stop)]
-    rows = [(b.step, b.lane, key, label, image) for rank in got for b in rank
-            for key, label, image in zip(b.keys, b.labels.tolist(), b.images.permute(0, 2, 3, 1).numpy(), strict=True)]
-    assert [row[:4] for row in rows] == [row[:4] for row in seen]
+    rows = [(b.step, b.lane, key, condition, image) for rank in got for b in rank
+            for key, condition, image in zip(b.keys, b.condition, b.images.permute(0, 2, 3, 1).numpy(), strict=True)]
+    assert [row[:3] for row in rows] == [row[:3] for row in seen]
+    assert [row[3].tolist() for row in rows] == [
+        encode([row[3]])[0].tolist() if text else row[3] for row in seen]
     assert all(np.array_equal(one[4], other[4]) for one, other in zip(rows, seen, strict=True))

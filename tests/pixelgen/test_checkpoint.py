@@ -27,7 +27,7 @@ def weights(seed=0, **changes):
 
 
 def exported(directory, **changes):
-    export(directory, tiny_config(**changes), weights(1, **changes), weights(2, **changes))
+    export(directory, tiny_config(**changes), weights(1, **changes), weights(2, **changes), {})
     return directory
 
 
@@ -44,7 +44,7 @@ def test_an_exported_model_comes_back_exactly(tmp_path, bottleneck):
 
 def test_export_keeps_full_precision_of_low_precision_weights(tmp_path):
     low = {k: v.bfloat16() for k, v in weights().items()}
-    export(tmp_path, tiny_config(), low, low)
+    export(tmp_path, tiny_config(), low, low, {})
     torch.testing.assert_close(load_denoiser(tmp_path).state_dict(), {k: v.float() for k, v in low.items()},
                                rtol=0, atol=0)
 
@@ -85,7 +85,7 @@ def test_every_weight_that_does_not_fit_is_named(tmp_path):
 
 def state(**changes):
     off = Objective(ObjectiveConfig(repa_weight=0.0, lpips_weight=0.0, pdino_weight=0.0, gated=(), balance_start=None),
-                    8, None, None)
+                    8, torch.tensor(0), None, None)
     return create_state(tiny_config(**changes), off, OptimizerConfig(), 0, torch.device("cpu"))
 
 

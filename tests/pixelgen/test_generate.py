@@ -64,7 +64,7 @@ def test_noise_of_a_seed_is_its_own(model):
 @pytest.mark.parametrize(("labels", "seeds", "message"), [
     ([0, 4, 9], [0, 1, 2], r"labels \[4, 9\] are outside 0 to 3"),
     ([-1], [0], r"labels \[-1\]"),
-    ([0, 1], [0], "2 labels, but 1 seeds"),
+    ([0, 1], [0], "2 labels or prompts, but 1 seeds"),
     ([], [], "no labels"),
 ])
 def test_wrong_labels_and_seeds_are_refused(model, labels, seeds, message):
@@ -74,7 +74,7 @@ def test_wrong_labels_and_seeds_are_refused(model, labels, seeds, message):
 
 def test_from_pretrained(tmp_path, model):
     other = tiny_denoiser(1)
-    export(tmp_path, tiny_config(), model.denoiser.state_dict(), other.state_dict())
+    export(tmp_path, tiny_config(), model.denoiser.state_dict(), other.state_dict(), {})
     expected = model.generate([0, 1], [0, 1], SAMPLERS[1])
     for source in (tmp_path, str(tmp_path)):
         assert np.array_equal(PixelGen.from_pretrained(source).generate([0, 1], [0, 1], SAMPLERS[1]), expected)
@@ -94,7 +94,7 @@ def test_from_pretrained_errors(tmp_path):
 
 
 def test_command_line(tmp_path, capsys, model):
-    export(tmp_path / "m", tiny_config(), model.denoiser.state_dict(), model.denoiser.state_dict())
+    export(tmp_path / "m", tiny_config(), model.denoiser.state_dict(), model.denoiser.state_dict(), {})
     arguments = ["sample", str(tmp_path / "m"), str(tmp_path / "out.png"), "--steps", "2", "--labels"]
     assert main([*arguments, "0", "3"]) == 0
     from PIL import Image

@@ -23,6 +23,7 @@ from tests.pixelgen.conftest import (
 )
 
 X = some_images(4)
+NULL = torch.tensor(-1)
 TIMES = torch.tensor([0.1, 0.3, 0.6, 0.2])  # two pass the gate at 0.3
 
 
@@ -30,7 +31,7 @@ def run(t=TIMES, dino=None, lpips=stand_in_lpips, patch_size=16, percept_weight=
     """The objective on a fixed prediction -> losses, and the gradient of the total at the prediction."""
     prediction = (X + some_images(4, seed=9) / 4).requires_grad_()
     config = ObjectiveConfig(**{"pdino_block": 1, "balance_start": None} | options)
-    objective = Objective(config, patch_size, StandInDino() if dino is None else dino, lpips)
+    objective = Objective(config, patch_size, NULL, StandInDino() if dino is None else dino, lpips)
     draws = Draws(some_images(4, seed=7), t, torch.zeros(4, dtype=torch.long))
     projected = some_images(4, seed=8)[:, 0, :4, :6]
     losses = objective(lambda x_t, t, y: (prediction, projected), X, draws, percept_weight)
@@ -126,14 +127,15 @@ def test_lpips_sees_a_patch_as_16_pixels():
 ])
 def test_a_network_that_is_needed_has_to_be_there(networks, options, message):
     with pytest.raises(ConfigError, match=message):
-        Objective(ObjectiveConfig(**{"pdino_block": 1} | options), 16, *networks)
+        Objective(ObjectiveConfig(**{"pdino_block": 1} | options), 16, NULL, *networks)
 
 
 def test_draws():
-    objective = Objective(ObjectiveConfig(pdino_block=1, condition_dropout=0.25), 16, StandInDino(), stand_in_lpips)
+    config = ObjectiveConfig(pdino_block=1, condition_dropout=0.25)
+    objective = Objective(config, 16, NULL, StandInDino(), stand_in_lpips)
     torch.manual_seed(0)
     x, labels = torch.zeros(4000, 3, 2, 2), torch.arange(4000)
-    draws = objective.draw(x, labels, torch.full_like(labels, -1))
+    draws = objective.draw(x, labels)
     dropped = draws.condition == -1
     assert torch.equal(draws.condition[~dropped], labels[~dropped])
     assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.03)
@@ -141,10 +143,23 @@ def test_draws():
     assert (draws.t >= 0.3).float().mean().item() == pytest.approx(0.5235, abs=0.04)
 
 
+def test_a_dropped_prompt_becomes_the_empty_one():
+    null = torch.full((3, 2), -1.0)
+    objective = Objective(ObjectiveConfig(pdino_block=1, condition_dropout=0.5), 16, null, StandInDino(),
+                          stand_in_lpips)
+    torch.manual_seed(0)
+    features = torch.rand(400, 3, 2)
+    condition = objective.draw(torch.zeros(400, 3, 2, 2), features).condition
+    dropped = (condition == -1).flatten(1)
+    assert torch.equal(dropped.all(1), dropped.any(1)), "a prompt is dropped whole or not at all"
+    assert torch.equal(condition[~dropped.all(1)], features[~dropped.all(1)])
+    assert dropped.all(1).float().mean().item() == pytest.approx(0.5, abs=0.08)
+
+
 def test_when_the_balance_is_refreshed():
-    objective = Objective(ObjectiveConfig(pdino_block=1), 16, StandInDino(), stand_in_lpips)
+    objective = Objective(ObjectiveConfig(pdino_block=1), 16, NULL, StandInDino(), stand_in_lpips)
     assert [s for s in range(399_900, 400_101) if objective.balances_at(s)] == [400_000, 400_050, 400_100]
-    never = Objective(ObjectiveConfig(pdino_block=1, balance_start=None), 16, StandInDino(), stand_in_lpips)
+    never = Objective(ObjectiveConfig(pdino_block=1, balance_start=None), 16, NULL, StandInDino(), stand_in_lpips)
     assert not never.balances_at(400_000)
 
 

@@ -22,6 +22,7 @@ from pixelgen.train import (
     train_step,
 )
 from tests.pixelgen.conftest import (
+    TINY,
     StandInDino,
     fit_config,
     lane_batch,
@@ -37,7 +38,7 @@ def objective(lpips=stand_in_lpips, **options):
     """Every term on, and the balance refreshed before steps 2, 4, …"""
     options = {"repa_block": 2, "repa_hidden": 16, "pdino_block": 1, "gated": ("lpips", "pdino"), "balance_start": 1,
                "balance_every": 2, **options}
-    return Objective(ObjectiveConfig(**options), 8, StandInDino(), lpips)
+    return Objective(ObjectiveConfig(**options), 8, torch.tensor(TINY["num_classes"]), StandInDino(), lpips)
 
 
 def fresh_state(seed=0):

@@ -1,0 +1,62 @@
+"""GenEval in the workflow: whose name a figure carries, and what the demo's baselines are."""
+
+import numpy as np
+import pytest
+
+from pipeline.cluster import Cluster, work_through
+from pipeline.datasets import scenes
+from pipeline.judges import GeometricDetector, SceneColors
+from pipeline.stages.evaluate import geneval_name, scene_baselines
+from pixelgen.metrics.colors import NAME as CLIP_NAME
+from pixelgen.metrics.detector import NAME as DETECTOR_NAME
+
+
+class Named:
+    def __init__(self, name):
+        self.name = name
+
+
+def test_only_the_benchmark_s_own_networks_make_it_geneval():
+    assert geneval_name(Named(DETECTOR_NAME), Named(CLIP_NAME)) == "geneval"
+    assert geneval_name(Named("mask2former-1a2b3c4d"), Named(CLIP_NAME)) == f"geneval_mask2former-1a2b3c4d_{CLIP_NAME}"
+    assert geneval_name(Named(DETECTOR_NAME), Named("clip-1a2b3c4d")) == f"geneval_{DETECTOR_NAME}_clip-1a2b3c4d"
+    assert geneval_name(GeometricDetector(), SceneColors()) == "geneval_demo"
+
+
+def touch(folder, word):
+    def work(part):
+        (folder / part["name"]).write_text(word)
+    return work
+
+
+def test_a_single_part_on_this_machine_needs_no_ray(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.cluster.connect", lambda cluster: pytest.fail("Ray was started"))
+    work_through([{"name": "a"}], touch, (tmp_path, "done"), Cluster(None, 2, 0.5, 0, 1, 0), "touch")
+    assert (tmp_path / "a").read_text() == "done"
+
+
+def test_shuffled_scenes_are_of_another_prompt_of_the_tag(monkeypatch):
+    """No model is drawn from here: the untrained one is in the end-to-end test."""
+    prompts = [p for tag in scenes.all_prompts() for p in scenes.held_out(tag)[:3] for _ in range(2)]
+    seen = []
+    monkeypatch.setattr(scenes, "draw", lambda prompt, random: seen.append(prompt) or [])
+    monkeypatch.setattr("pipeline.stages.evaluate.load_text_encoder", lambda *_: None)
+
+    class Untrained:
+        def __init__(self, *_, **__):
+            pass
+
+        def generate(self, wanted, seeds, *_, **__):
+            assert len({*wanted}) == len(wanted) == len(seeds)
+            return np.zeros((len(wanted), 8, 8, 3), np.uint8)
+
+    monkeypatch.setattr("pipeline.stages.evaluate.PixelGen", Untrained)
+    from pipeline.params import read_params
+
+    whole = read_params()
+    found = scene_baselines(whole, whole.evaluate["geneval"], prompts)
+    assert list(found) == ["rendered", "shuffled", "untrained"]
+    assert seen[:len(prompts)] == prompts == found["rendered"][0] == found["shuffled"][0]
+    others = seen[len(prompts):]
+    assert all(a["tag"] == b["tag"] and a["prompt"] != b["prompt"] for a, b in zip(prompts, others, strict=True))
+    assert len(found["untrained"][0]) == len(found["untrained"][1]) == len({p["prompt"] for p in prompts})

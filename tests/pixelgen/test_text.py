@@ -1,0 +1,206 @@
+"""Text: the encoder from files, prompts to images, and a training stage that starts from an earlier one."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+
+from pixelgen import PixelGen
+from pixelgen.checkpoint import CheckpointError, export, start_from
+from pixelgen.cli import main
+from pixelgen.config import ConfigError, ObjectiveConfig, OptimizerConfig, SamplerConfig, TextDenoiserConfig
+from pixelgen.encoders.text import load_text_encoder
+from pixelgen.models.jit_t2i import JiTText
+from pixelgen.objective import Objective
+from pixelgen.train import LaneBatch, create_state, fit
+from tests.pixelgen.conftest import StandInDino, fit_config, randomised, stand_in_lpips
+
+LENGTH, WIDTH = 6, 16
+SAMPLER = SamplerConfig("euler", steps=3, guidance=2.0)
+
+
+def tiny_text(**changes):
+    values = {"image_size": 16, "patch_size": 8, "width": 32, "depth": 2, "text_depth": 1, "heads": 2, "bottleneck": 8,
+              "text_width": WIDTH, "text_length": LENGTH}
+    return TextDenoiserConfig(**values | changes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small Qwen3 with random weights, as `save_pretrained` writes one."""
+    path = tmp_path_factory.mktemp("text")
+    pieces = ByteLevelBPETokenizer()
+    pieces.train_from_iterator(["a red circle left of a blue square"], vocab_size=300,
+                               special_tokens=["<|endoftext|>"])
+    pieces.save_model(str(path))
+    tokenizer = Qwen2Tokenizer.from_pretrained(path)
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    Qwen3Model(Qwen3Config(vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2,
+                           num_attention_heads=2, num_key_value_heads=1, head_dim=8)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(folder):
+    return load_text_encoder(folder, LENGTH)
+
+
+def test_features_are_the_last_hidden_states_of_exactly_so_many_tokens(encoder, folder):
+    features = encoder(["a red", "", "a red circle left of a blue square and so on and on"])
+    assert features.shape == (3, LENGTH, WIDTH) and features.dtype == torch.float32 and features.isfinite().all()
+    network = Qwen3Model.from_pretrained(folder)
+    tokens = encoder.tokenizer("a red", return_tensors="pt").input_ids
+    with torch.no_grad():
+        alone = network(tokens).last_hidden_state
+    torch.testing.assert_close(features[:1, :tokens.shape[1]], alone, rtol=1e-5, atol=1e-5)
+    assert not any(p.requires_grad for p in encoder.network.parameters()) and not encoder.network.training
+
+
+def test_padding_is_on_the_right_and_no_token_sees_it(encoder):
+    together = encoder(["a red", "a red circle left"])
+    torch.testing.assert_close(together[0], encoder(["a red"])[0], rtol=1e-5, atol=1e-5)
+    longer = load_text_encoder(encoder.network.config.name_or_path, LENGTH + 3)
+    torch.testing.assert_close(longer(["a red"])[0, :LENGTH], together[0], rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision(folder):
+    low = load_text_encoder(folder, LENGTH, precision="bf16")
+    assert low.network.dtype == torch.bfloat16 and low(["a"]).dtype == torch.float32
+
+
+def test_a_folder_without_an_encoder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"not a text encoder: there is no config\.json"):
+        load_text_encoder(tmp_path, LENGTH)
+
+
+# ------------------------------------------------------------------------------------------------------- drawing
+
+
+@pytest.fixture(scope="module")
+def model(encoder):
+    torch.manual_seed(0)
+    return PixelGen(randomised(JiTText(tiny_text())).eval(), text=encoder)
+
+
+def test_a_prompt_has_its_own_image_whatever_is_drawn_beside_it(model):
+    prompts = ["a red circle", "a blue square", "a red circle"]
+    images = model.generate(prompts, [0, 1, 2], SAMPLER, batch_size=2)
+    assert images.shape == (3, 16, 16, 3)
+    assert np.array_equal(model.generate(prompts[1:2], [1], SAMPLER, batch_size=2)[0], images[1])
+    assert not np.array_equal(model.generate(["a red circle"], [1], SAMPLER, batch_size=2)[0], images[1])
+
+
+def test_guidance_leads_away_from_the_negative_prompt(model):
+    plain, empty, other = (model.generate(["a red circle"], [0], SAMPLER, negative=n)
+                           for n in ("", "", "a blue square"))
+    assert np.array_equal(plain, empty) and not np.array_equal(plain, other)
+    same = model.generate(["a red circle"], [0], SAMPLER, negative="a red circle")
+    assert np.array_equal(same, model.generate(["a red circle"], [0], SamplerConfig("euler", steps=3)))
+
+
+def test_labels_are_not_prompts(model):
+    with pytest.raises(ValueError, match="draws prompts, not labels such as 3"):
+        model.generate([3], [0])
+
+
+def test_a_text_model_needs_the_encoder_it_was_trained_with(tmp_path, model, folder):
+    weights = model.denoiser.state_dict()
+    export(tmp_path / "a", tiny_text(), weights, weights, {})
+    with pytest.raises(ValueError, match="name the folder of its text encoder"):
+        PixelGen.from_pretrained(tmp_path / "a")
+    again = PixelGen.from_pretrained(tmp_path / "a", text_encoder=folder)
+    assert np.array_equal(again.generate(["a red"], [0], SAMPLER), model.generate(["a red"], [0], SAMPLER))
+    other = JiTText(tiny_text(text_width=24))
+    export(tmp_path / "b", tiny_text(text_width=24), other.state_dict(), other.state_dict(), {})
+    with pytest.raises(ValueError, match="features of width 16, .* was trained on 24"):
+        PixelGen.from_pretrained(tmp_path / "b", text_encoder=folder)
+
+
+@pytest.mark.parametrize("layout", ["geneval", "dpg"])
+def test_the_command_line_draws_files_of_prompts(tmp_path, model, folder, layout, capsys):
+    weights = model.denoiser.state_dict()
+    export(tmp_path / "m", tiny_text(), weights, weights, {})
+    (tmp_path / "prompts").mkdir()
+    for name in ("7", "b"):
+        (tmp_path / "prompts" / f"{name}.txt").write_text(f"a red {name}\n")
+    arguments = ["sample", str(tmp_path / "m"), str(tmp_path / "out"), "--prompts", str(tmp_path / "prompts"),
+                 "--steps", "2", "--text-encoder", str(folder), "--layout", layout]
+    assert main(arguments) == 0
+    expected = model.generate(["a red b"] * 4, range(4, 8), SamplerConfig("heun", 2))
+    from PIL import Image
+
+    def pixels(path):
+        return np.asarray(Image.open(tmp_path / "out" / path))
+
+    if layout == "dpg":
+        assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["7.png", "b.png"]
+        assert np.array_equal(pixels("b.png"), np.block([[[expected[0]], [expected[1]]], [[expected[2]], [expected[3]]]]
+                                                        ).reshape(32, 32, 3)) or np.array_equal(
+            pixels("b.png"), np.concatenate([np.concatenate(expected[:2], 1), np.concatenate(expected[2:], 1)]))
+    else:
+        assert json.loads((tmp_path / "out/b/metadata.jsonl").read_text()) == {"prompt": "a red b"}
+        assert all(np.array_equal(pixels(f"b/samples/{n:04}.png"), expected[n]) for n in range(4))
+    assert main(arguments) == 1 and "exists" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ training
+
+
+def objective(encoder, **options):
+    config = ObjectiveConfig(repa_block=1, repa_hidden=16, pdino_block=1, balance_start=None, **options)
+    return Objective(config, 8, encoder([""])[0], StandInDino(), stand_in_lpips)
+
+
+def begun(encoder, size, start=None, **changes):
+    config = tiny_text(image_size=size, **changes)
+    state = create_state(config, objective(encoder), OptimizerConfig(lr=1e-3), 0, torch.device("cpu"))
+    if start:
+        start_from(state, start)
+    return state
+
+
+def trained(encoder, size, start=None, steps=2):
+    goal, state = objective(encoder), begun(encoder, size, start)
+    generator = torch.Generator().manual_seed(0)
+    batches = ([LaneBatch(step, 0, ["a", "b"], torch.randint(0, 256, (2, 3, size, size), generator=generator,
+                                                             dtype=torch.uint8), encoder(["a red", "a blue"]))]
+               for step in range(steps))
+    fit(state, batches, goal, OptimizerConfig(lr=1e-3), fit_config(steps=steps, batch_size=2, lanes=1),
+        lambda _: None, lambda _: None, lambda _: None)
+    return state
+
+
+def write(state, directory):
+    export(directory, state.model.denoiser.config, state.ema.state_dict(), state.model.denoiser.state_dict(),
+           state.model.projector.state_dict())
+    return directory
+
+
+def test_a_stage_starts_from_weights_and_ema_and_rebuilds_only_the_position_table(encoder, tmp_path):
+    early = trained(encoder, 16)
+    late = begun(encoder, 32, write(early, tmp_path / "early"))
+    for new, old in ((late.model, early.model), (late.ema, early.ema)):
+        fresh = {k: v for k, v in new.state_dict().items() if not k.endswith("pos_embed")}
+        assert all(torch.equal(v, old.state_dict()[k]) for k, v in fresh.items())
+    assert torch.equal(late.ema.pos_embed, JiTText(tiny_text(image_size=32)).pos_embed)
+    assert late.optimizer.state == {} and late.step == 0
+    assert not torch.equal(late.ema.output_weight, late.model.denoiser.output_weight)
+    assert trained(encoder, 32, tmp_path / "early").step == 2
+
+
+def test_anything_else_that_does_not_fit_is_listed(encoder, tmp_path):
+    early = write(trained(encoder, 16), tmp_path / "early")
+    with pytest.raises(CheckpointError, match=r"raw\.safetensors: .* missing \(12\): blocks\.2\."):
+        begun(encoder, 32, early, depth=3)
+    (early / "projector.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"projector\.safetensors: cannot be read"):
+        begun(encoder, 32, early)
+
+
+def test_the_block_of_repa_has_to_be_there(encoder):
+    with pytest.raises(ConfigError, match="repa_block 1: the denoiser has blocks 0 to 0"):
+        create_state(tiny_text(depth=1), objective(encoder), OptimizerConfig(), 0, torch.device("cpu"))
