@@ -93,7 +93,9 @@ def test_a_mixture_has_its_weights_in_every_window():
 def test_quotas_are_the_nearest_whole_rows(weights, lane_size):
     plan = plan_of(*([[100]] * len(weights)), batch_size=lane_size, lanes=1, weights=weights)
     exact = np.array(weights) / sum(weights) * WINDOW * lane_size
-    assert sum(plan.quotas) == WINDOW * lane_size and np.abs(plan.quotas - exact).max() < 1
+    assert sum(plan.quotas) == WINDOW * lane_size
+    over = np.sort(np.array(plan.quotas) - exact)  # largest remainders: no two sources would rather swap a row
+    assert over[-1] - over[0] <= 1 + 1e-9
 
 
 @settings(deadline=None)

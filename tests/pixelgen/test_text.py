@@ -57,6 +57,11 @@ def test_features_are_the_last_hidden_states_of_exactly_so_many_tokens(encoder, 
     with torch.no_grad():
         alone = network(tokens).last_hidden_state
     torch.testing.assert_close(features[:1, :tokens.shape[1]], alone, rtol=1e-5, atol=1e-5)
+    padded = encoder.tokenizer("a red", padding="max_length", max_length=LENGTH, return_tensors="pt")
+    assert padded.attention_mask.sum() < LENGTH
+    with torch.no_grad():
+        whole = network(**padded).last_hidden_state
+    torch.testing.assert_close(features[:1], whole, rtol=1e-5, atol=1e-5, msg="the padding is masked")
     assert not any(p.requires_grad for p in encoder.network.parameters()) and not encoder.network.training
 
 
