@@ -81,6 +81,14 @@ def read_manifest(directory: Path, kind: str) -> dict[str, Any]:
     return dict(manifest)
 
 
+def read_checked(directory: Path, kind: str) -> dict[str, Any]:
+    """`read_manifest`, after every file of the directory has been compared with it."""
+    manifest = read_manifest(directory, kind)
+    for entry in manifest["files"]:
+        check_file(directory, entry)
+    return manifest
+
+
 def check_file(directory: Path, entry: Mapping[str, Any]) -> Path:
     """The path of a manifest's file, after its size and sha256 have been compared."""
     path = directory / entry["path"]

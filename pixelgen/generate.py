@@ -72,31 +72,37 @@ class PixelGen:
         if len(wanted) == 0:
             raise ValueError("no labels or prompts: nothing to draw")
         size = batch_size or len(wanted)
+        null = self.absence(negative)
         parts = []
         for start in range(0, len(wanted), size):
             chosen = range(start, min(start + size, len(wanted)))
             filled = [*chosen, *[chosen[-1]] * (size - len(chosen))]
-            condition, null = self.conditions([wanted[i] for i in filled], negative)
-            drawn = self._draw(condition, null, [seeds[i] for i in filled], sampler, callback)
+            condition = self.conditions([wanted[i] for i in filled])
+            drawn = self._draw(condition, null.expand_as(condition), [seeds[i] for i in filled], sampler, callback)
             parts.append(drawn[:len(chosen)])
         return np.concatenate(parts)
 
-    def conditions(self, wanted: Sequence[int | str], negative: str = "") -> tuple[Tensor, Tensor]:
-        """What the denoiser is given for labels or prompts, and for their absence, row by row: labels (N,) or text
-        features (N, L, C). ValueError for what this model cannot draw."""
+    def absence(self, negative: str = "") -> Tensor:
+        """What guidance leads away from: the null label (1,), or the features (1, L, C) of the prompt `negative`."""
+        if isinstance(self.denoiser, JiTText):
+            assert self.text is not None
+            return self.text([negative])
+        if negative:
+            raise ValueError(f"negative {negative!r}: a class-conditional model takes no negative prompt")
+        return torch.tensor([self.denoiser.null_label], device=self.denoiser.output_weight.device)
+
+    def conditions(self, wanted: Sequence[int | str]) -> Tensor:
+        """What the denoiser is given for labels or prompts: labels (N,) or text features (N, L, C). ValueError for
+        what this model cannot draw."""
         if isinstance(self.denoiser, JiTText):
             assert self.text is not None
             if wrong := [w for w in wanted if not isinstance(w, str)]:
                 raise ValueError(f"this model draws prompts, not labels such as {wrong[0]!r}")
-            condition = self.text(wanted)  # type: ignore[arg-type]
-            return condition, self.text([negative]).expand_as(condition)
+            return self.text(wanted)  # type: ignore[arg-type]
         classes = self.denoiser.config.num_classes
         if strange := [w for w in wanted if isinstance(w, str) or not 0 <= w < classes]:
             raise ValueError(f"labels {sorted(set(strange), key=str)} are outside 0 to {classes - 1}")
-        if negative:
-            raise ValueError(f"negative {negative!r}: a class-conditional model takes no negative prompt")
-        y = torch.tensor(wanted, device=self.denoiser.output_weight.device)
-        return y, torch.full_like(y, self.denoiser.null_label)
+        return torch.tensor(wanted, device=self.denoiser.output_weight.device)
 
     @torch.no_grad()
     def _draw(self, condition: Tensor, null: Tensor, seeds: list[int], sampler: SamplerConfig,

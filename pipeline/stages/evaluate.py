@@ -18,13 +18,13 @@ from pipeline.batches import open_split, read_images
 from pipeline.cluster import Cluster, read_cluster, work_through
 from pipeline.datasets import scenes
 from pipeline.judges import GeometricDetector, load_extractor, load_judges
-from pipeline.params import EvaluateParams, Params, read_params, stage_params
+from pipeline.params import EvaluateParams, Params, TrainParams, read_params, stage_params
 from pipeline.runs import lease, run_directory, run_stage
 from pipeline.storage import (
     MANIFEST,
-    check_file,
     fresh_directory,
     publish,
+    read_checked,
     read_manifest,
     sha256,
     write_atomic,
@@ -47,9 +47,8 @@ from pixelgen.metrics.fid import (
 )
 from pixelgen.metrics.geneval import (
     TAGS,
-    ColorClassifier,
-    Detector,
     Rules,
+    Sample,
     evaluate_image,
     judge_image,
     list_images,
@@ -59,6 +58,7 @@ from pixelgen.models import build_denoiser
 from pixelgen.models.jit_t2i import JiTText
 
 METRICS, OUT = Path("metrics"), Path("out/evaluate")
+JUDGES = "judges.json"
 WEIGHTS, DATA, REFERENCES, SAMPLES = (Path("out") / n for n in ("weights", "shard", "reference", "sample"))
 
 
@@ -67,9 +67,7 @@ def main() -> None:
     whole, cluster = read_params(), read_cluster()
     params = stage_params(whole.evaluate, key, "evaluate")
     torch.set_num_threads(cluster.threads_per_worker)
-    samples = SAMPLES / params.sample
-    for entry in read_manifest(samples, "samples")["files"]:
-        check_file(samples, entry)
+    samples = read_checked(SAMPLES / params.sample, "samples")
     out = fresh_directory(OUT / key)
     metrics = (fid if params.metric == "fid" else geneval)(key, whole, cluster, out)
     sampling = whole.sample[params.sample]
@@ -77,7 +75,7 @@ def main() -> None:
     METRICS.mkdir(exist_ok=True)
     write_json(METRICS / f"{key}.json", {
         **{name: round(value, 6) if isinstance(value, float) else value for name, value in metrics.items()},
-        "samples": {"count": read_manifest(samples, "samples")["images"], **facts},
+        "samples": {"count": samples["images"], **facts},
         "sampler": dataclasses.asdict(sampling.sampler),
     })
     publish(out, "evaluation", params)
@@ -90,8 +88,7 @@ def fid(key: str, whole: Params, cluster: Cluster, out: Path) -> dict[str, Any]:
     """Figures by the names of their extractor, and what they are of."""
     params = whole.evaluate[key]
     folder = SAMPLES / params.sample
-    for entry in read_manifest(REFERENCES / params.reference, "reference")["files"]:
-        check_file(REFERENCES / params.reference, entry)
+    read_checked(REFERENCES / params.reference, "reference")
     device = torch.device(cluster.device)
     extractor = load_extractor(whole.reference[params.reference].extractor, WEIGHTS, device)
     reference = load_reference(REFERENCES / params.reference / "reference.npz")
@@ -117,6 +114,16 @@ def accuracy(features: Features, labels: np.ndarray) -> float:
     return float((features.logits.argmax(1) == labels).mean())
 
 
+def untrained(train: TrainParams, device: torch.device) -> PixelGen:
+    """The model that training starts from, before its first step."""
+    torch.manual_seed(train.fit.seed)
+    denoiser = build_denoiser(train.denoiser.resolve()).to(device).eval()
+    text = None
+    if isinstance(denoiser, JiTText):
+        text = load_text_encoder(WEIGHTS / "text", denoiser.config.text_length, device)
+    return PixelGen(denoiser, text=text)
+
+
 def baselines(whole: Params, params: EvaluateParams, extractor: Extractor, device: torch.device, reached: float,
               distance: Callable[[Features], float]) -> dict[str, float]:
     """The range of the Fréchet distance: its floor from held-out real images, its ceiling from the untrained model,
@@ -125,11 +132,10 @@ def baselines(whole: Params, params: EvaluateParams, extractor: Extractor, devic
     train = whole.train[sampling.model]
     batches = list(read_images(open_split(DATA / train.dataset, "heldout")))
     real = extract(extractor, (images for images, _ in batches), params.batch_size)
-    torch.manual_seed(train.fit.seed)
-    untrained = PixelGen(build_denoiser(train.denoiser.resolve()).to(device).eval())
     classes = train.denoiser.num_classes
     assert classes is not None
-    drawn = untrained.generate([i % classes for i in range(len(real.pool))], range(len(real.pool)), sampling.sampler)
+    numbers = range(len(real.pool))
+    drawn = untrained(train, device).generate([i % classes for i in numbers], numbers, sampling.sampler)
     floor, ceiling = distance(real), distance(extract(extractor, drawn, params.batch_size))
     found = {f"fd_{extractor.name}_floor": floor, f"fd_{extractor.name}_ceiling": ceiling,
              "share_of_way_to_floor": (ceiling - reached) / (ceiling - floor)}
@@ -147,18 +153,18 @@ def geneval(key: str, whole: Params, cluster: Cluster, out: Path) -> dict[str, A
     folder = SAMPLES / params.sample
     read_manifest(WEIGHTS, "weights")
     run = run_directory("evaluate", key, params, sha256(folder / MANIFEST), sha256(WEIGHTS / MANIFEST)).resolve()
-    images = list_images(folder / "images")
+    images = list_images((folder / "images").resolve())
     parts: list[dict[str, Any]] = [
-        {"path": str(run / f"part-{i:06d}.jsonl"), "first": i, "stop": min(i + params.batch_size, len(images))}
+        {"path": str(run / f"part-{i:06d}.jsonl"),
+         "images": [(str(m.path), m.filename, m.prompt) for m in images[i:i + params.batch_size]]}
         for i in range(0, len(images), params.batch_size)]
     with lease(run / "driver.lease", patience=5):
         if missing := [part for part in parts if not Path(part["path"]).exists()]:
-            arguments = params, (folder / "images").resolve(), WEIGHTS.resolve(), cluster
-            work_through(missing, Judge, arguments, cluster, "judge")
+            work_through(missing, Judge, (params, run, WEIGHTS.resolve(), cluster), cluster, "judge")
     (out / "results.jsonl").write_text("".join(Path(part["path"]).read_text() for part in parts))
     records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    detector, colors = load_judges(str(params.detector), WEIGHTS, torch.device(cluster.device))
-    name = geneval_name(detector, colors)
+    judges = json.loads((run / JUDGES).read_text())
+    name = geneval_name(**judges)
 
     def figures(records: list[dict[str, Any]], suffix: str = "") -> dict[str, float]:
         found = score(records)
@@ -167,38 +173,40 @@ def geneval(key: str, whole: Params, cluster: Cluster, out: Path) -> dict[str, A
 
     metrics: dict[str, Any] = figures(records)
     if params.baselines:
-        for which, (prompts, pictures) in scene_baselines(whole, params, [image.prompt for image in images]).items():
+        detector, colors = load_judges(str(params.detector), WEIGHTS, torch.device(cluster.device))
+        for which, (prompts, pictures) in scene_baselines(whole, params, [image.prompt for image in images],
+                                                          torch.device(cluster.device)).items():
             judged = [{"tag": prompt["tag"], "metadata": prompt["prompt"],
                        "correct": judge_image(picture, prompt, detector, colors).correct}
                       for prompt, picture in zip(prompts, pictures, strict=True)]
             metrics |= figures(judged, f"_{which}")
-    return metrics | {"detector": detector.name, "color_classifier": colors.name,
-                      "prompts": len({image.path.parents[1] for image in images})}
+    return metrics | judges | {"prompts": len({image.path.parents[1] for image in images})}
 
 
-def geneval_name(detector: Detector, colors: ColorClassifier) -> str:
+def geneval_name(detector: str, color_classifier: str) -> str:
     """`geneval` for the benchmark's own networks alone."""
-    if isinstance(detector, GeometricDetector):
+    if detector == GeometricDetector.name:
         return "geneval_demo"
-    official = (detector.name, colors.name) == (DETECTOR_NAME, CLIP_NAME)
-    return "geneval" if official else f"geneval_{detector.name}_{colors.name}"
+    official = (detector, color_classifier) == (DETECTOR_NAME, CLIP_NAME)
+    return "geneval" if official else f"geneval_{detector}_{color_classifier}"
 
 
 class Judge:
-    """What an actor does: it holds the detector and the colour classifier, and judges parts, each written whole."""
+    """What an actor does: it holds the detector and the colour classifier, and judges parts, each written whole.
+    Their names, which only the loaded weights tell, it leaves in the run directory."""
 
-    def __init__(self, params: EvaluateParams, folder: Path, weights: Path, cluster: Cluster):
+    def __init__(self, params: EvaluateParams, run: Path, weights: Path, cluster: Cluster):
         torch.set_num_threads(cluster.threads_per_worker)
-        self.judges = load_judges(str(params.detector), weights, torch.device(cluster.device))
-        self.images = list_images(folder)
+        self.judges = detector, colors = load_judges(str(params.detector), weights, torch.device(cluster.device))
+        write_json(run / JUDGES, {"detector": detector.name, "color_classifier": colors.name})
 
     def __call__(self, part: dict[str, Any]) -> None:
-        lines = [json.dumps(evaluate_image(image, *self.judges, Rules()))
-                 for image in self.images[part["first"]:part["stop"]]]
+        lines = [json.dumps(evaluate_image(Sample(Path(path), filename, prompt), *self.judges, Rules()))
+                 for path, filename, prompt in part["images"]]
         write_atomic(Path(part["path"]), "".join(f"{line}\n" for line in lines).encode())
 
 
-def scene_baselines(whole: Params, params: EvaluateParams, prompts: list[dict[str, Any]]
+def scene_baselines(whole: Params, params: EvaluateParams, prompts: list[dict[str, Any]], device: torch.device
                     ) -> dict[str, tuple[list[dict[str, Any]], np.ndarray]]:
     """What shows that the score measures: prompts (N) and pictures (N, S, S, 3) of scenes rendered straight from the
     prompts, of scenes of the next prompt of the same tag instead, and of the untrained model, sampled as the trained
@@ -215,15 +223,11 @@ def scene_baselines(whole: Params, params: EvaluateParams, prompts: list[dict[st
     def rendered(prompts: list[dict[str, Any]]) -> np.ndarray:
         return np.stack([np.asarray(scenes.render(scenes.draw(p, random), size, random)) for p in prompts])
 
-    torch.manual_seed(train.fit.seed)
-    denoiser = build_denoiser(train.denoiser.resolve()).eval()
-    assert isinstance(denoiser, JiTText)
-    text = load_text_encoder(WEIGHTS / "text", denoiser.config.text_length)
-    untrained = PixelGen(denoiser, text=text).generate([*different], range(len(different)), sampling.sampler,
-                                                       negative=sampling.negative)
+    drawn = untrained(train, device).generate([*different], range(len(different)), sampling.sampler,
+                                              negative=sampling.negative)
     return {"rendered": (prompts, rendered(prompts)),
             "shuffled": (prompts, rendered([unlike[prompt["prompt"]] for prompt in prompts])),
-            "untrained": ([*different.values()], untrained)}
+            "untrained": ([*different.values()], drawn)}
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pipeline.cluster import read_cluster
 from pipeline.judges import load_extractor
 from pipeline.params import read_params, stage_params
 from pipeline.runs import run_stage
-from pipeline.storage import check_file, fresh_directory, publish, read_manifest
+from pipeline.storage import fresh_directory, publish, read_checked
 from pixelgen.config import ConfigError
 from pixelgen.metrics import fid
 
@@ -32,8 +32,7 @@ def main() -> None:
     extractor = load_extractor(params.extractor, WEIGHTS, torch.device(cluster.device))
     if params.npz is None:
         dataset = SHARDS / params.dataset
-        for entry in read_manifest(dataset, "dataset")["files"]:
-            check_file(dataset, entry)
+        read_checked(dataset, "dataset")
         reference = statistics(extractor, open_split(dataset, "train"), params.images, params.batch_size)
     else:
         reference = published(extractor, params.npz)

@@ -40,13 +40,14 @@ class Part:
 
 def main() -> None:
     key = sys.argv[1]
-    params, cluster = stage_params(read_params().sample, key, "sample"), read_cluster()
+    whole, cluster = read_params(), read_cluster()
+    params = stage_params(whole.sample, key, "sample")
     model = MODELS / params.model / "model"
     read_manifest(model, "model")
     inputs = [params, sha256(model / MANIFEST)]
     prompts: list[Prompt] = []
     if params.prompts == NONE:
-        wanted: list = [*range(read_params().train[params.model].denoiser.num_classes or 0)] * params.per_prompt
+        wanted: list = [*range(whole.train[params.model].denoiser.num_classes or 0)] * params.per_prompt
     else:
         read_manifest(PROMPTS / params.prompts, "prompts")
         prompts = load_prompts(PROMPTS / params.prompts / "prompts.jsonl")

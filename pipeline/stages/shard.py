@@ -111,19 +111,23 @@ def write_missing(jobs: list[Job], data: DatasetParams, cluster: Cluster, run: P
     if need > (free := shutil.disk_usage(run).free):
         raise StorageError(f"{run}: make room on this disk; about {need / 1e9:.1f} GB are needed, "
                            f"{free / 1e9:.1f} GB are free")
-    if cluster.address is None and len(todo) == 1:  # no Ray is worth starting for it
-        write_job(todo[0], data, run)
-        yield from ((job.name, report) for job in todo if (report := read_report(run, job.name)))
+    for count, name in enumerate(do(todo, data, cluster, run), 1):
+        print(f"part {count} of {len(todo)}: {name}", flush=True)
+        report = read_report(run, name)
+        if report is None:
+            raise StorageError(f"{run} is not the same on all nodes: run on one, or on a shared disk")
+        yield name, report
+
+
+def do(jobs: list[Job], data: DatasetParams, cluster: Cluster, run: Path) -> Iterator[str]:
+    """Names of jobs as Ray Data tasks get them done; for a single one on this machine no Ray is worth starting."""
+    if cluster.address is None and len(jobs) == 1:
+        yield write_job(jobs[0], data, run)
         return
     with connect(cluster):
-        done = ray_data().from_items([{"job": pickle.dumps(job)} for job in todo], override_num_blocks=len(todo)).map(
+        done = ray_data().from_items([{"job": pickle.dumps(job)} for job in jobs], override_num_blocks=len(jobs)).map(
             lambda row: {"name": write_job(pickle.loads(row["job"]), data, run)})
-        for count, row in enumerate(done.iter_rows(), 1):
-            print(f"part {count} of {len(todo)}: {row['name']}", flush=True)
-            report = read_report(run, row["name"])
-            if report is None:
-                raise StorageError(f"{run} is not the same on all nodes: run on one, or on a shared disk")
-            yield row["name"], report
+        yield from (row["name"] for row in done.iter_rows())
 
 
 def summary(reports: list[Report], classes: list[str] | None) -> dict[str, Any]:

@@ -76,9 +76,9 @@ def prepare(key: str, params: TrainParams, cluster: Cluster) -> Run:
                 f"{params.denoiser.num_classes}: dataset {params.dataset} has {len(dataset['classes'])} classes")
     plan_of(params, data).check()
     start = None if params.init == NONE else OUT / params.init / "model"
-    made_of = [sha256(folder / MANIFEST) for folder in (data, weights, start) if folder]
     if start:
         read_manifest(start, "model")
+    made_of = [sha256(folder / MANIFEST) for folder in (data, weights, start) if folder]
     directory = run_directory("train", key, params, *made_of)
     (directory / "checkpoints").mkdir(exist_ok=True)
     return Run(params, data.resolve(), weights.resolve(), start and start.resolve(), directory.resolve(), cluster)

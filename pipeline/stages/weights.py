@@ -53,9 +53,8 @@ def write_networks(out: Path, params: WeightsParams) -> dict[str, Any]:
         if params.source == "demo":
             facts |= DEMO[name](out / name, params.seed)
         else:
-            files = [*HUB.get(name, ()), *SINGLE.get(name, ())]
-            found = {item.url: obtain(item, params.directory, out / name / item.name) for item in files}
-            PREPARE.get(name, lambda folder: None)(out / name)
+            found = {item.url: obtain(item, params.directory, out / name / item.name) for item in FILES[name]}
+            PREPARE[name](out / name)
             facts["sources"] = facts.get("sources", {}) | found
     return facts
 
@@ -80,7 +79,7 @@ def hub(repository: str, commit: str, *names: str) -> list[File]:
     return [File(f"https://huggingface.co/{repository}/resolve/{commit}/{name}") for name in names]
 
 
-HUB = {
+FILES = {
     "dino": hub("timm/vit_base_patch14_dinov2.lvd142m", "1dc7cda4727a9f4baa37f3ef407928dd642d0149",
                 "model.safetensors"),
     "text": hub("Qwen/Qwen3-1.7B", "70d244cc86ccca08cf5af4e1e306ecf908b1ad5e", "config.json",
@@ -89,13 +88,11 @@ HUB = {
     "clip": hub("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41", "config.json",
                 "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
                 "vocab.json", "merges.txt", "special_tokens_map.json"),
-}
-SINGLE = {
     "lpips": [File("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")],
     "inception": [File("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/" + inception.FILE,
                        inception.SHA256)],
     "mask2former": [File("https://download.openmmlab.com/mmdetection/v3.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_"
-                         "8x2_50e_coco/" + detector.FILE, detector.FILE.removesuffix(".pth").rsplit("-", 1)[1])],
+                         "8x2_50e_coco/" + detector.FILE, detector.SHA256)],
 }
 
 
@@ -105,7 +102,7 @@ def prepare_dino(folder: Path) -> None:
 
 
 def prepare_lpips(folder: Path) -> None:
-    trunk = folder / SINGLE["lpips"][0].name
+    trunk = folder / FILES["lpips"][0].name
     state = torch.load(trunk, weights_only=True)
     save_file({k: v.contiguous() for k, v in state.items() if k.startswith("features.")}, folder / "trunk.safetensors")
     trunk.unlink()

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.cluster import Cluster, work_through
 from pipeline.datasets import scenes
@@ -11,16 +12,11 @@ from pixelgen.metrics.colors import NAME as CLIP_NAME
 from pixelgen.metrics.detector import NAME as DETECTOR_NAME
 
 
-class Named:
-    def __init__(self, name):
-        self.name = name
-
-
 def test_only_the_benchmark_s_own_networks_make_it_geneval():
-    assert geneval_name(Named(DETECTOR_NAME), Named(CLIP_NAME)) == "geneval"
-    assert geneval_name(Named("mask2former-1a2b3c4d"), Named(CLIP_NAME)) == f"geneval_mask2former-1a2b3c4d_{CLIP_NAME}"
-    assert geneval_name(Named(DETECTOR_NAME), Named("clip-1a2b3c4d")) == f"geneval_{DETECTOR_NAME}_clip-1a2b3c4d"
-    assert geneval_name(GeometricDetector(), SceneColors()) == "geneval_demo"
+    assert geneval_name(DETECTOR_NAME, CLIP_NAME) == "geneval"
+    assert geneval_name("mask2former-1a2b3c4d", CLIP_NAME) == f"geneval_mask2former-1a2b3c4d_{CLIP_NAME}"
+    assert geneval_name(DETECTOR_NAME, "clip-1a2b3c4d") == f"geneval_{DETECTOR_NAME}_clip-1a2b3c4d"
+    assert geneval_name(GeometricDetector().name, SceneColors().name) == "geneval_demo"
 
 
 def touch(folder, word):
@@ -54,7 +50,7 @@ def test_shuffled_scenes_are_of_another_prompt_of_the_tag(monkeypatch):
     from pipeline.params import read_params
 
     whole = read_params()
-    found = scene_baselines(whole, whole.evaluate["geneval"], prompts)
+    found = scene_baselines(whole, whole.evaluate["geneval"], prompts, torch.device("cpu"))
     assert list(found) == ["rendered", "shuffled", "untrained"]
     assert seen[:len(prompts)] == prompts == found["rendered"][0] == found["shuffled"][0]
     others = seen[len(prompts):]

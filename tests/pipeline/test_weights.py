@@ -21,7 +21,7 @@ from pixelgen.encoders.dino import load_dino
 from pixelgen.encoders.lpips import load_lpips
 from pixelgen.encoders.text import load_text_encoder
 
-VGG = weights.SINGLE["lpips"][0]
+VGG = weights.FILES["lpips"][0]
 CONTENT = b"some published weights" * 1000
 HASH = hashlib.sha256(CONTENT).hexdigest()
 BLOB = hashlib.sha1(b"blob %d\0" % len(CONTENT) + CONTENT).hexdigest()  # as `git hash-object` has it
@@ -106,8 +106,8 @@ def folder(tmp_path_factory):
 
 
 def test_published_files_become_what_the_encoders_load(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "SINGLE", {name: [dataclasses.replace(f, sha256=None) for f in files]
-                                            for name, files in weights.SINGLE.items()})
+    monkeypatch.setattr(weights, "FILES", {name: [dataclasses.replace(f, sha256=None) for f in files]
+                                            for name, files in weights.FILES.items()})
     networks = ("dino", "lpips", "inception")
     facts = weights.write_networks(tmp_path, WeightsParams("published", networks, str(folder), 0))
     assert len(facts["sources"]) == 3 and all(len(h) == 64 for h in facts["sources"].values())
@@ -126,15 +126,15 @@ def test_a_file_with_the_right_name_and_other_content_is_refused(folder, tmp_pat
     (tmp_path / "lpips").mkdir()
     with pytest.raises(StorageError, match=r"vgg16-397923af\.pth has hash"):
         weights.obtain(VGG, str(folder), tmp_path / "lpips" / "vgg.pth")
-    assert weights.SINGLE["inception"][0].sha256 == inception_module.SHA256
-    assert weights.SINGLE["mask2former"][0].sha256 == "743b7d99"
+    assert weights.FILES["inception"][0].sha256 == inception_module.SHA256
+    assert weights.FILES["mask2former"][0].sha256 == "743b7d99"
 
 
 def test_every_network_has_files_and_the_demo_its_own():
     networks = set(get_args(get_args(get_type_hints(WeightsParams)["networks"])[0]))
-    assert {*weights.HUB, *weights.SINGLE} == {*weights.PREPARE} == networks - {"digits"}
+    assert {*weights.FILES} == {*weights.PREPARE} == networks - {"digits"}
     assert {*weights.DEMO} == networks - {"inception", "mask2former", "clip"}
-    for files in (*weights.HUB.values(), *weights.SINGLE.values()):
+    for files in weights.FILES.values():
         for file in files:
             assert file.url.startswith("https://") and (file.sha256 or len(file.url.split("/resolve/")[1][:40]) == 40)
 
