@@ -16,7 +16,6 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +24,8 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from PIL import Image
 
 from pipeline.params import TextParams
-from pipeline.storage import StorageError, read_manifest
+from pipeline.storage import Artifact, read_bytes
+from pipeline.store import StorageError
 from pixelgen.images import adm_crop
 
 if TYPE_CHECKING:  # torch is not for the processes that only read shards: importing it takes them seconds
@@ -44,26 +44,33 @@ PREFIXES = ("A photo of ", "A picture of ", "An image of ", "A photograph of ", 
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a sharded dataset: paths of its shards and the number of rows in each."""
+    """One split of a sharded dataset: locations of its shards, the number of rows in each, and their sha256."""
 
     paths: tuple[str, ...]
     rows: tuple[int, ...]
+    hashes: tuple[str, ...]
 
     @property
     def total(self) -> int:
         return sum(self.rows)
 
+    def read(self, shard: int, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
+        """Columns of a shard, once it has been found to be what the manifest describes."""
+        return pq.read_table(io.BytesIO(read_bytes(self.paths[shard], self.hashes[shard])), columns=list(columns))
 
-def open_split(directory: Path, name: str, source: str | None = None, size: int | None = None) -> Split:
-    """The split `name` of a dataset directory: of all its sources or of one, and of images of all stored sizes or
-    of those with at least `size` pixels on a side. StorageError if the directory is unfinished, KeyError if no such."""
-    manifest = read_manifest(directory, "dataset")
-    chosen = manifest["sources"] if source is None else {source: manifest["sources"][source]}
+
+def open_split(dataset: Artifact, name: str, source: str | None = None, size: int | None = None) -> Split:
+    """The split `name` of a dataset: of all its sources or of one, and of images of all stored sizes or of those with
+    at least `size` pixels on a side. KeyError if there is no such."""
+    chosen = dataset["sources"] if source is None else {source: dataset["sources"][source]}
     shards = [s for of in chosen.values() for s in of["splits"][name]["shards"] if size is None or s["size"] >= size]
-    if strangers := {s["path"] for s in shards} - {f["path"] for f in manifest["files"]}:
-        raise StorageError(f"{directory}: the manifest has no checksum of {', '.join(sorted(strangers))}: "
-                           f"delete {directory} and run `dvc repro`")
-    return Split(tuple(str(directory / s["path"]) for s in shards), tuple(s["rows"] for s in shards))
+    files = {f["path"]: f for f in dataset["files"]}
+    if strangers := {s["path"] for s in shards} - files.keys():
+        raise StorageError(f"{dataset.directory}: the manifest has no checksum of {', '.join(sorted(strangers))}: "
+                           f"delete {dataset.directory} and run `dvc repro`")
+    entries = [files[s["path"]] for s in shards]
+    return Split(tuple(dataset.location(e) for e in entries), tuple(s["rows"] for s in shards),
+                 tuple(e["sha256"] for e in entries))
 
 
 def decode(encoded: bytes) -> np.ndarray:
@@ -74,17 +81,17 @@ def decode(encoded: bytes) -> np.ndarray:
 def read_images(split: Split, limit: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Images (n, H, W, 3) uint8 and labels (n,) of each shard of labelled images in turn, at most `limit` in all."""
     left = split.total if limit is None else limit
-    for path in split.paths:
+    for shard in range(len(split.paths)):
         if left <= 0:
             return
-        table = pq.read_table(path, columns=["image", "label"]).slice(0, left)
+        table = split.read(shard, ["image", "label"]).slice(0, left)
         left -= len(table)
         yield np.stack([decode(b) for b in table["image"].to_pylist()]), table["label"].to_numpy()
 
 
 def first_captions(split: Split, count: int) -> list[str]:
     """The first caption of each of the first images of a split, at most `count`, to draw while training."""
-    rows = pq.read_table(split.paths[0], columns=["captions"])["captions"].slice(0, count).to_pylist()
+    rows = split.read(0, ["captions"])["captions"].slice(0, count).to_pylist()
     return [next(caption for caption in row if caption is not None) for row in rows]
 
 
@@ -187,9 +194,9 @@ def load_window(plan: Plan, lanes: Sequence[int], step: int, stop: int) -> dict[
             for (index, shard, row), die in zip(places[lane][s].tolist(), dice[lane][s], strict=True):
                 source = plan.sources[index]
                 if (index, shard) not in tables:
-                    tables[index, shard] = pq.read_table(source.split.paths[shard])
+                    tables[index, shard] = source.split.read(shard)
                 sample = {name: column[row].as_py() for name, column in
-                          zip(SCHEMA.names, tables[index, shard].select(SCHEMA.names).columns, strict=True)}
+                          zip(SCHEMA.names, tables[index, shard].columns, strict=True)}
                 columns["step"].append(number * WINDOW + s)
                 columns["lane"].append(lane)
                 columns["key"].append(sample["key"])
@@ -229,11 +236,11 @@ def lane_batches(plan: Plan, lanes: Sequence[int], start: int, stop: int, device
     import ray
 
     task = ray.remote(num_cpus=0.25)(load_window)
-    todo = plan.windows(start, stop)
-    ahead = deque(task.remote(plan, lanes, step, stop) for step in itertools.islice(todo, READ_AHEAD))
+    todo, shared = plan.windows(start, stop), ray.put(plan)  # sent once: a large dataset has a long plan
+    ahead = deque(task.remote(shared, lanes, step, stop) for step in itertools.islice(todo, READ_AHEAD))
     while ahead:
         columns = ray.get(ahead.popleft())
-        ahead.extend(task.remote(plan, lanes, step, stop) for step in itertools.islice(todo, 1))
+        ahead.extend(task.remote(shared, lanes, step, stop) for step in itertools.islice(todo, 1))
         for first in range(0, len(columns["step"]), plan.lane_size * len(lanes)):
             yield [_lane_batch({name: column[i:i + plan.lane_size] for name, column in columns.items()}, device, encode)
                    for i in range(first, first + plan.lane_size * len(lanes), plan.lane_size)]

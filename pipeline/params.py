@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from pipeline.store import valid_root
 from pixelgen.config import (
     ConfigError,
     DenoiserConfig,
@@ -53,6 +54,17 @@ class WeightsParams:
         wrong = {"demo": ("inception", "mask2former", "clip"), "published": ("digits",)}[self.source]
         for name in self.networks:
             require(name not in wrong, f"networks: there is no {name} with source {self.source}")
+
+
+@dataclass(frozen=True)
+class StorageParams:
+    """Where artifacts and resumable state lie."""
+
+    root: str | None  # s3://bucket/prefix; null: in the workspace, under out/ and runs/
+
+    def __post_init__(self) -> None:
+        require(self.root is None or valid_root(self.root), f"root {self.root!r} must be s3://bucket/prefix (letters, "
+                "digits, _, - and .), or null for the workspace")
 
 
 LABELLED = ("digits", "image_folder")  # the other formats bring captions
@@ -255,6 +267,7 @@ class EvaluateParams:
 class Params:
     """params.yaml as a whole."""
 
+    storage: StorageParams
     weights: WeightsParams
     datasets: dict[str, DatasetParams]
     reference: dict[str, ReferenceParams]

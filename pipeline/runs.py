@@ -18,7 +18,8 @@ from typing import IO, Any
 import psutil
 
 from pipeline.params import fingerprint, read_yaml
-from pipeline.storage import StorageError, sha256
+from pipeline.storage import sha256
+from pipeline.store import StorageError
 from pixelgen.config import ConfigError
 
 RUNS = Path("runs")
@@ -65,6 +66,15 @@ def lease(path: Path, patience: float) -> Iterator[None]:
         file.write(" ".join([str(os.getpid()), *_supervisor()]))
         file.flush()
         yield
+
+
+def in_use(directory: Path) -> bool:
+    """Whether a living process holds a lease in a run directory."""
+    for path in directory.glob("*.lease"):
+        with open(path, "a+") as file:
+            if not _try_lock(file):
+                return True
+    return False
 
 
 def _try_lock(file: IO[str]) -> bool:

@@ -2,40 +2,42 @@
 
 A directory without a manifest is not finished. The manifest lists every file with size and sha256, the counts, the
 resolved configuration, and where it was made; it holds no time or host name, so that equal work gives equal bytes.
+
+With `storage.root: null` the files lie beside the manifest, where DVC looks after them. With `s3://bucket/prefix` they
+lie there under their sha256, `objects/12/12ab…`, whoever wrote them, and only the manifest is left in the directory: no
+manifest can name a file outside the root, and what has arrived is never sent again.
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pipeline.store import LocalStore, StorageError, Store, open_store, preflight, write_atomic
+
 MANIFEST = "manifest.json"
+MANIFESTS, OBJECTS = "manifests", "objects"  # under the root
+CACHE = Path("runs/cache")  # of this machine: files of artifacts that lie under a root; may be deleted at any time
+TRANSFERS = 8  # at a time
+LISTED = 100  # files from which on one listing of what is there takes the place of a question for each
 VERSIONS = ("pixelgen", "torch", "ray", "numpy", "pillow", "timm", "lpips", "torch-fidelity")
 
-
-class StorageError(RuntimeError):
-    """An artifact is missing, unfinished or altered; the message names the file and the remedy."""
+Entry = dict[str, Any]  # of a file: path in its directory, size, sha256
 
 
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """A reader sees the old file or the whole new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # no orphaned writer has the same
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -49,44 +51,201 @@ def fresh_directory(path: Path) -> Path:
     return path
 
 
-def publish(directory: Path, kind: str, config: Any, **facts: Any) -> dict[str, Any]:
-    """Write the manifest of everything in `directory`. `facts`: counts and other results worth keeping."""
-    files = [{"path": p.relative_to(directory).as_posix(), "size": p.stat().st_size, "sha256": sha256(p)}
-             for p in sorted(directory.rglob("*")) if p.is_file() and p != directory / MANIFEST]
-    manifest = {
-        "kind": kind, **facts, "files": files,
-        "config": dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config,  # type: ignore
-        "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},
-        "hardware": hardware(),
-    }
-    write_json(directory / MANIFEST, manifest)
-    return manifest
+def object_name(digest: str) -> str:
+    return f"{OBJECTS}/{digest[:2]}/{digest}"
 
 
-def read_manifest(directory: Path, kind: str) -> dict[str, Any]:
-    """The manifest of a finished directory. StorageError if there is none, or if it is not of this kind."""
+@dataclass(frozen=True)
+class Storage:
+    """Where artifacts go: into the workspace (root None), or under a prefix of a bucket."""
+
+    root: str | None
+
+    def publish(self, directory: Path, kind: str, config: Any, stored: Sequence[Entry] = (), **facts: Any) -> None:
+        """Write the manifest of everything in `directory`; under a root, after the files have arrived there, and
+        nothing but the manifest stays. `stored`: files that `keep` has stored already. `facts`: counts and other
+        results worth keeping."""
+        here = [p for p in sorted(directory.rglob("*")) if p.is_file() and p != directory / MANIFEST]
+        files = {entry["path"]: entry for entry in stored}
+        files |= {entry["path"]: entry for entry in (describe(p, p.relative_to(directory).as_posix()) for p in here)}
+        if changed := [entry["path"] for entry in stored if files[entry["path"]] != entry]:
+            raise StorageError(f"{directory / changed[0]} is no longer what was written to it: run `dvc repro` again")
+        manifest = {
+            "kind": kind, **facts, "root": self.root, "files": sorted(files.values(), key=lambda f: str(f["path"])),
+            "config": dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config,  # type: ignore
+            "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},
+            "hardware": hardware(),
+        }
+        if self.root:
+            store = open_store(self.root)
+            known = store.sizes(OBJECTS) if len(files) > LISTED else None
+            with ThreadPoolExecutor(TRANSFERS) as pool:
+                for _ in pool.map(lambda p: put(store, p, files[p.relative_to(directory).as_posix()], known), here):
+                    pass
+            text = json.dumps(manifest, indent=2).encode()
+            store.write(f"{MANIFESTS}/{kind}-{hashlib.sha256(text).hexdigest()}.json", text)
+            for path in directory.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_json(directory / MANIFEST, manifest)
+
+    def keep(self, directory: Path, name: str, data: bytes) -> Entry:
+        """Store a file of an output to be, from whatever machine this is: in `directory`, or under the root."""
+        entry = {"path": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        if self.root:
+            put(open_store(self.root), data, entry)
+        else:
+            write_atomic(directory / name, data)
+        return entry
+
+    def keeps(self, directory: Path, entry: Entry) -> bool:
+        """Whether what `keep` has stored is still there as it was."""
+        if self.root:
+            return open_store(self.root).size(object_name(entry["sha256"])) == entry["size"]
+        path = directory / entry["path"]
+        return path.is_file() and describe(path, entry["path"]) == entry
+
+    def open(self, directory: Path, kind: str | None) -> "Artifact":
+        """The finished artifact of a directory, of any kind if that is None. StorageError if it is unfinished, or not
+        of this kind, or points anywhere but to this root."""
+        manifest = read_manifest(directory, kind)
+        if manifest["root"] not in (None, self.root):
+            raise StorageError(f"{directory / MANIFEST} says that its files are under {manifest['root']!r}, but "
+                               f"storage.root is {self.root!r}: set it to that, or delete {directory} and run "
+                               "`dvc repro`")
+        return Artifact(directory.absolute(), manifest, sha256(directory / MANIFEST))
+
+    def run(self, directory: Path) -> Store:
+        """Where what a run directory has to share between machines and to keep goes: into it, or under the root."""
+        if self.root is None:
+            return LocalStore(directory.absolute())
+        return open_store("/".join([self.root, *directory.parts[-3:]]))  # runs/stage@key/fingerprint
+
+    def check(self) -> None:
+        """StorageError, before any work, if nothing can be stored under the root."""
+        if self.root:
+            print(preflight(self.root), flush=True)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished output; goes to workers on other machines as it is."""
+
+    directory: Path  # with the manifest, and without a root also the files
+    manifest: dict[str, Any]
+    identity: str  # sha256 of the manifest
+
+    def __getitem__(self, fact: str) -> Any:
+        return self.manifest[fact]
+
+    def location(self, entry: Mapping[str, Any]) -> str:
+        """Of a file: a path, or the uri of an object."""
+        root = self.manifest["root"]
+        return f"{root}/{object_name(entry['sha256'])}" if root else str(self.directory / entry["path"])
+
+    def local(self) -> Path:
+        """A directory on this machine with all the files, every one of them checked; under a root, they are fetched
+        once into `CACHE`."""
+        files, root = self.manifest["files"], self.manifest["root"]
+        if root is None:
+            for entry in files:
+                check_file(self.directory, entry)
+            return self.directory
+        folder = CACHE.absolute() / self.identity
+        folder.mkdir(parents=True, exist_ok=True)
+        store = open_store(root)
+
+        def get(entry: Entry) -> None:
+            path = folder / entry["path"]
+            if not (path.is_file() and path.stat().st_size == entry["size"] and sha256(path) == entry["sha256"]):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                fetch_object(store, entry, path)
+
+        with open(folder.with_suffix(".lock"), "w") as lock:  # one of this machine's processes fetches for all
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with ThreadPoolExecutor(TRANSFERS) as pool:
+                for _ in pool.map(get, files):
+                    pass
+        return folder
+
+
+def describe(path: Path, name: str) -> Entry:
+    return {"path": name, "size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def put(store: Store, source: Path | bytes, entry: Mapping[str, Any], known: Mapping[str, int] | None = None) -> None:
+    """Store a file under its sha256, unless it is there."""
+    name = object_name(entry["sha256"])
+    if (store.size(name) if known is None else known.get(name)) != entry["size"]:
+        store.write(name, source)
+
+
+def fetch_object(store: Store, entry: Mapping[str, Any], path: Path) -> None:
+    try:
+        store.fetch(object_name(entry["sha256"]), path)
+    except FileNotFoundError as error:
+        raise StorageError(f"{error}, but a manifest's {entry['path']} is that: `python -m pipeline.verify` lists what "
+                           "is missing; delete the output and run `dvc repro`") from None
+    if sha256(path) != entry["sha256"]:
+        path.unlink()
+        raise StorageError(f"{object_name(entry['sha256'])} in storage is not what its name says: `python -m "
+                           "pipeline.verify` lists what is damaged; delete the output and run `dvc repro`")
+
+
+def write_sealed(store: Store, name: str, data: bytes) -> None:
+    """Store a part of unfinished work together with its sha256."""
+    store.write(name, hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
+
+
+def read_sealed(store: Store, name: str) -> bytes:
+    """What `write_sealed` has stored. A damaged part is deleted, so that only it is made again: StorageError."""
+    digest, _, data = store.read(name).partition(b"\n")
+    if digest.decode(errors="replace") != hashlib.sha256(data).hexdigest():
+        store.delete(name)
+        raise StorageError(f"{name} of {store} was damaged and is deleted: run `dvc repro` again to redo it alone")
+    return data
+
+
+def read_bytes(location: str, digest: str) -> bytes:
+    """The content of a file of an artifact, by its location and sha256. StorageError if it is not that."""
+    root, _, name = location.rpartition(f"/{OBJECTS}/") if location.startswith("s3://") else ("", "", "")
+    try:
+        data = open_store(root).read(f"{OBJECTS}/{name}") if root else Path(location).read_bytes()
+    except FileNotFoundError:
+        raise StorageError(f"{location} is in the manifest but not there: delete the output it belongs to and run "
+                           "`dvc repro`") from None
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise StorageError(f"{location} is not the file that the manifest describes (sha256 differs): delete the "
+                           "output it belongs to and run `dvc repro`")
+    return data
+
+
+def read_manifest(directory: Path, kind: str | None) -> dict[str, Any]:
+    """The manifest of a finished directory, of any kind if that is None. StorageError if there is none, or not that."""
     path = directory / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError:
+        manifest = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         raise StorageError(f"{directory} is missing or unfinished (no {MANIFEST}): run `dvc repro`") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise StorageError(f"{path} is damaged ({error}): delete {directory} and run `dvc repro`") from None
-    if not isinstance(manifest, Mapping) or manifest.get("kind") != kind or "files" not in manifest:
-        raise StorageError(f"{path} does not describe a {kind}: delete {directory} and run `dvc repro`")
+    if not isinstance(manifest, dict) or not valid(manifest) or kind not in (None, manifest["kind"]):
+        raise StorageError(f"{path} does not describe a {kind or 'finished output'}: delete {directory} and run "
+                           "`dvc repro`")
     for entry in manifest["files"]:
         inside = PurePosixPath(entry["path"])
-        if inside.is_absolute() or ".." in inside.parts:
+        if inside.is_absolute() or ".." in inside.parts or "\\" in entry["path"] or "\0" in entry["path"]:
             raise StorageError(f"{path} names a file outside its directory: {entry['path']!r}")
-    return dict(manifest)
-
-
-def read_checked(directory: Path, kind: str) -> dict[str, Any]:
-    """`read_manifest`, after every file of the directory has been compared with it."""
-    manifest = read_manifest(directory, kind)
-    for entry in manifest["files"]:
-        check_file(directory, entry)
     return manifest
+
+
+def valid(manifest: dict[str, Any]) -> bool:
+    """Whether kind, root and files are there and of the right form."""
+    files, root = manifest.get("files"), manifest.get("root", "")
+    return (isinstance(manifest.get("kind"), str) and (root is None or (isinstance(root, str) and root != ""))
+            and isinstance(files, list) and all(
+                isinstance(f, dict) and isinstance(f.get("path"), str) and f["path"] not in ("", ".")
+                and isinstance(f.get("size"), int) and isinstance(f.get("sha256"), str)
+                and re.fullmatch(r"[0-9a-f]{64}", f["sha256"]) for f in files))
 
 
 def check_file(directory: Path, entry: Mapping[str, Any]) -> Path:

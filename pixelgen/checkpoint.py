@@ -29,11 +29,11 @@ class CheckpointError(ValueError):
     """A file does not hold what it should; the message names the file and the keys."""
 
 
-def save_state(state: TrainState, path: Path) -> None:
-    """Write the state so that a reader sees a whole file or none."""
+def save_state(content: Mapping[str, Any], path: Path) -> None:
+    """Write what `TrainState.state_dict` gives so that a reader sees a whole file or none."""
     partial = path.with_suffix(".partial")
     with open(partial, "wb") as file:
-        torch.save(state.state_dict(), file)
+        torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

@@ -212,7 +212,8 @@ class FitConfig:
     precision: Literal["fp32", "bf16"]
     compile: bool
     checkpoint_every: int
-    keep_checkpoints: int
+    keep_checkpoints: int  # the last so many
+    keep_every: int | None  # and those of every so manieth step; None: no others
     log_every: int
     grid_every: int | None  # steps between the sample grids; None: none
 
@@ -222,7 +223,9 @@ class FitConfig:
         require(self.batch_size % self.lanes == 0,
                 f"batch_size {self.batch_size} is not a multiple of lanes {self.lanes}")
         require(0 <= self.ema_decay < 1, f"ema_decay {self.ema_decay} must lie in [0, 1)")
-        require(self.grid_every is None or self.grid_every >= 1, "grid_every must be at least 1, or null")
+        for name in ("keep_every", "grid_every"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} must be at least 1, or null, got {value}")
 
 
 # ------------------------------------------------------------------------------------------------ the sampler

@@ -155,8 +155,10 @@ def check_finite(metrics: dict[str, float], step: int, lanes: Sequence[LaneBatch
 
 def fit(state: TrainState, batches: Iterator[Sequence[LaneBatch]], objective: Objective, optimizer: OptimizerConfig,
         config: FitConfig, on_log: Callable[[dict[str, float]], None],
-        on_checkpoint: Callable[[TrainState], None], on_grid: Callable[[TrainState], None]) -> None:
-    """Train until `config.steps`. `batches` yields this rank's lanes, beginning at `state.step`."""
+        on_checkpoint: Callable[[TrainState], None], on_grid: Callable[[TrainState], None],
+        stop: Callable[[], bool] = lambda: False) -> None:
+    """Train until `config.steps`, or until `stop` is true on any rank: then all save and end after the same step.
+    `batches` yields this rank's lanes, beginning at `state.step`."""
     if state.step >= config.steps:
         return
     model: nn.Module = state.model
@@ -176,9 +178,10 @@ def fit(state: TrainState, batches: Iterator[Sequence[LaneBatch]], objective: Ob
             started, first = now, state.step
         if config.grid_every and (state.step % config.grid_every == 0 or done):
             on_grid(state)
-        if state.step % config.checkpoint_every == 0 or done:
+        stopped = not done and on_any_rank(stop(), lanes[0].images.device)
+        if state.step % config.checkpoint_every == 0 or done or stopped:
             on_checkpoint(state)
-        if done:
+        if done or stopped:
             return
     raise RuntimeError(f"the data ended at step {state.step} of {config.steps}")
 
@@ -188,6 +191,10 @@ def synchronised(model: nn.Module, last: bool) -> contextlib.AbstractContextMana
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
     return contextlib.nullcontext()
+
+
+def on_any_rank(flag: bool, device: torch.device) -> bool:
+    return bool(mean_over_ranks(torch.tensor(float(flag), device=device)) > 0)
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

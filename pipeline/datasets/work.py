@@ -33,7 +33,7 @@ from pipeline.datasets import (
     webdataset,
 )
 from pipeline.params import DatasetParams
-from pipeline.storage import write_atomic
+from pipeline.storage import Storage, read_sealed, write_sealed
 from pixelgen.images import adm_crop, plain_crop
 
 SOURCES: dict[str, Source] = {  # by format
@@ -64,7 +64,7 @@ class Job:
         return f"{self.source}-{self.number:05}"
 
 
-def write_job(job: Job, data: DatasetParams, run: Path) -> str:
+def write_job(job: Job, data: DatasetParams, storage: Storage, run: Path) -> str:
     """Write the shards of one job, and then the report that vouches for them -> the job's name."""
     source, rows, numbers = data.sources[job.source], dict[tuple[str, int], list[dict[str, Any]]](), Counter[Any]()
     report: Report = {"shards": [], "rejected": [], "skipped": 0, "captions_cut": 0, "enlarged": 0}
@@ -76,8 +76,8 @@ def write_job(job: Job, data: DatasetParams, run: Path) -> str:
         if job.task.shuffle:
             order = np.random.default_rng([data.seed, zlib.crc32(name.encode())]).permutation(len(bucket))
             bucket = [bucket[i] for i in order]
-        written = write_shard(run / "shards" / name, bucket)
-        report["shards"].append({"path": name, "split": split, "size": size, "rows": len(bucket), "bytes": written,
+        kept = storage.keep(run / "shards", name, encoded(bucket))
+        report["shards"].append({"split": split, "pixels": size, "rows": len(bucket), "file": kept,
                                  "labels": [row["label"] for row in bucket]})
 
     for key, load in SOURCES[source.format].read(data, source, job.task):
@@ -102,24 +102,21 @@ def write_job(job: Job, data: DatasetParams, run: Path) -> str:
             flush(sample.split, size)
     for split, size in sorted(rows):
         flush(split, size)
-    write_atomic(run / "reports" / f"{job.name}.json", json.dumps(report).encode())
+    write_sealed(storage.run(run), f"reports/{job.name}.json", json.dumps(report).encode())
     return job.name
 
 
-def write_shard(path: Path, rows: list[dict[str, Any]]) -> int:
-    """Write one shard whole -> its size in bytes."""
+def encoded(rows: list[dict[str, Any]]) -> bytes:
+    """The Parquet file of a shard."""
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), sink, compression="none", use_dictionary=False)
-    data = sink.getvalue().to_pybytes()
-    write_atomic(path, data)
-    return len(data)
+    return bytes(sink.getvalue().to_pybytes())
 
 
-def read_report(run: Path, name: str) -> Report | None:
+def read_report(storage: Storage, run: Path, name: str) -> Report | None:
     """The report of a job that is done; None if it is not, or if a shard of it is not there as it was written."""
     try:
-        report: Report = json.loads((run / "reports" / f"{name}.json").read_bytes())
-        whole = all((run / "shards" / s["path"]).stat().st_size == s["bytes"] for s in report["shards"])
+        report: Report = json.loads(read_sealed(storage.run(run), f"reports/{name}.json"))
     except FileNotFoundError:
         return None
-    return report if whole else None
+    return report if all(storage.keeps(run / "shards", shard["file"]) for shard in report["shards"]) else None

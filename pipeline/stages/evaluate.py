@@ -14,22 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.batches import open_split, read_images
+from pipeline.batches import Split, open_split, read_images
 from pipeline.cluster import Cluster, read_cluster, work_through
 from pipeline.datasets import scenes
 from pipeline.judges import GeometricDetector, load_extractor, load_judges
 from pipeline.params import EvaluateParams, Params, TrainParams, read_params, stage_params
 from pipeline.runs import lease, run_directory, run_stage
-from pipeline.storage import (
-    MANIFEST,
-    fresh_directory,
-    publish,
-    read_checked,
-    read_manifest,
-    sha256,
-    write_atomic,
-    write_json,
-)
+from pipeline.storage import Artifact, Storage, fresh_directory, read_sealed, write_json, write_sealed
+from pipeline.store import Store
 from pixelgen.encoders.text import load_text_encoder
 from pixelgen.generate import PixelGen
 from pixelgen.metrics.colors import NAME as CLIP_NAME
@@ -65,11 +57,19 @@ WEIGHTS, DATA, REFERENCES, SAMPLES = (Path("out") / n for n in ("weights", "shar
 def main() -> None:
     key = sys.argv[1]
     whole, cluster = read_params(), read_cluster()
-    params = stage_params(whole.evaluate, key, "evaluate")
+    params, storage = stage_params(whole.evaluate, key, "evaluate"), Storage(whole.storage.root)
     torch.set_num_threads(cluster.threads_per_worker)
-    samples = read_checked(SAMPLES / params.sample, "samples")
+    storage.check()
+    samples, weights = storage.open(SAMPLES / params.sample, "samples"), storage.open(WEIGHTS, "weights")
     out = fresh_directory(OUT / key)
-    metrics = (fid if params.metric == "fid" else geneval)(key, whole, cluster, out)
+    run = None
+    if params.metric == "fid":
+        metrics = fid(whole, params, storage, samples, weights.local(), torch.device(cluster.device))
+    else:
+        run = run_directory("evaluate", key, params, samples.identity, weights.identity)
+        records, judges = judge(params, storage.run(run), run, samples, weights, cluster)
+        (out / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        metrics = geneval(whole, params, records, judges, weights.local(), torch.device(cluster.device))
     sampling = whole.sample[params.sample]
     facts = {"weights": sampling.weights, "precision": sampling.precision, "seed": sampling.seed}
     METRICS.mkdir(exist_ok=True)
@@ -78,20 +78,18 @@ def main() -> None:
         "samples": {"count": samples["images"], **facts},
         "sampler": dataclasses.asdict(sampling.sampler),
     })
-    publish(out, "evaluation", params)
+    Storage(None).publish(out, "evaluation", params, run=run and run.as_posix())
 
 
 # --------------------------------------------------------------------------------------------------- the ADM suite
 
 
-def fid(key: str, whole: Params, cluster: Cluster, out: Path) -> dict[str, Any]:
+def fid(whole: Params, params: EvaluateParams, storage: Storage, samples: Artifact, weights: Path,
+        device: torch.device) -> dict[str, Any]:
     """Figures by the names of their extractor, and what they are of."""
-    params = whole.evaluate[key]
-    folder = SAMPLES / params.sample
-    read_checked(REFERENCES / params.reference, "reference")
-    device = torch.device(cluster.device)
-    extractor = load_extractor(whole.reference[params.reference].extractor, WEIGHTS, device)
-    reference = load_reference(REFERENCES / params.reference / "reference.npz")
+    extractor = load_extractor(whole.reference[params.reference].extractor, weights, device)
+    reference = load_reference(storage.open(REFERENCES / params.reference, "reference").local() / "reference.npz")
+    folder = samples.local()
     images, labels = load_samples(folder / "samples.npz"), np.load(folder / "labels.npy", allow_pickle=False)
     features = extract(extractor, images, params.batch_size)
     pool = None if reference.images is None else reference_pool(extractor, reference, params.batch_size)
@@ -103,7 +101,10 @@ def fid(key: str, whole: Params, cluster: Cluster, out: Path) -> dict[str, Any]:
         return frechet_distance(reference.mu, reference.sigma, *mean_and_covariance(other.pool))
 
     if params.baselines:
-        metrics |= baselines(whole, params, extractor, device, distance(features), distance)
+        train = whole.train[whole.sample[params.sample].model]
+        heldout = open_split(storage.open(DATA / train.dataset, "dataset"), "heldout")
+        metrics |= baselines(whole, params, extractor, heldout, untrained(train, weights, device), distance(features),
+                             distance)
     reference_params = whole.reference[params.reference]
     return metrics | {"extractor": extractor.name, "reference": {
         "dataset": reference_params.dataset, "npz": reference_params.npz or "computed from the training split"}}
@@ -114,28 +115,27 @@ def accuracy(features: Features, labels: np.ndarray) -> float:
     return float((features.logits.argmax(1) == labels).mean())
 
 
-def untrained(train: TrainParams, device: torch.device) -> PixelGen:
+def untrained(train: TrainParams, weights: Path, device: torch.device) -> PixelGen:
     """The model that training starts from, before its first step."""
     torch.manual_seed(train.fit.seed)
     denoiser = build_denoiser(train.denoiser.resolve()).to(device).eval()
     text = None
     if isinstance(denoiser, JiTText):
-        text = load_text_encoder(WEIGHTS / "text", denoiser.config.text_length, device)
+        text = load_text_encoder(weights / "text", denoiser.config.text_length, device)
     return PixelGen(denoiser, text=text)
 
 
-def baselines(whole: Params, params: EvaluateParams, extractor: Extractor, device: torch.device, reached: float,
-              distance: Callable[[Features], float]) -> dict[str, float]:
-    """The range of the Fréchet distance: its floor from held-out real images, its ceiling from the untrained model,
+def baselines(whole: Params, params: EvaluateParams, extractor: Extractor, heldout: Split, model: PixelGen,
+              reached: float, distance: Callable[[Features], float]) -> dict[str, float]:
+    """The range of the Fréchet distance: its floor from held-out real images, its ceiling from the untrained `model`,
     sampled as the trained one was; and the share of the way down from ceiling to floor that was `reached`."""
     sampling = whole.sample[params.sample]
-    train = whole.train[sampling.model]
-    batches = list(read_images(open_split(DATA / train.dataset, "heldout")))
+    batches = list(read_images(heldout))
     real = extract(extractor, (images for images, _ in batches), params.batch_size)
-    classes = train.denoiser.num_classes
+    classes = whole.train[sampling.model].denoiser.num_classes
     assert classes is not None
     numbers = range(len(real.pool))
-    drawn = untrained(train, device).generate([i % classes for i in numbers], numbers, sampling.sampler)
+    drawn = model.generate([i % classes for i in numbers], numbers, sampling.sampler)
     floor, ceiling = distance(real), distance(extract(extractor, drawn, params.batch_size))
     found = {f"fd_{extractor.name}_floor": floor, f"fd_{extractor.name}_ceiling": ceiling,
              "share_of_way_to_floor": (ceiling - reached) / (ceiling - floor)}
@@ -147,23 +147,25 @@ def baselines(whole: Params, params: EvaluateParams, extractor: Extractor, devic
 # --------------------------------------------------------------------------------------------------------- GenEval
 
 
-def geneval(key: str, whole: Params, cluster: Cluster, out: Path) -> dict[str, Any]:
-    """GenEval's score of the images, under the name of who judged; each image's verdict in results.jsonl."""
-    params = whole.evaluate[key]
-    folder = SAMPLES / params.sample
-    read_manifest(WEIGHTS, "weights")
-    run = run_directory("evaluate", key, params, sha256(folder / MANIFEST), sha256(WEIGHTS / MANIFEST)).resolve()
-    images = list_images((folder / "images").resolve())
+def judge(params: EvaluateParams, state: Store, run: Path, samples: Artifact, weights: Artifact, cluster: Cluster
+          ) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Each image's verdict, in the order of the folder, and the names of the judges. Actors judge parts, each of
+    which is kept when it is done."""
+    images = list_images(samples.local() / "images")
     parts: list[dict[str, Any]] = [
-        {"path": str(run / f"part-{i:06d}.jsonl"),
-         "images": [(str(m.path), m.filename, m.prompt) for m in images[i:i + params.batch_size]]}
+        {"name": f"part-{i:06d}.jsonl", "images": [(m.filename, m.prompt) for m in images[i:i + params.batch_size]]}
         for i in range(0, len(images), params.batch_size)]
     with lease(run / "driver.lease", patience=5):
-        if missing := [part for part in parts if not Path(part["path"]).exists()]:
-            work_through(missing, Judge, (params, run, WEIGHTS.resolve(), cluster), cluster, "judge")
-    (out / "results.jsonl").write_text("".join(Path(part["path"]).read_text() for part in parts))
-    records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    judges = json.loads((run / JUDGES).read_text())
+        done = state.sizes("part-")
+        if missing := [part for part in parts if part["name"] not in done]:
+            work_through(missing, Judge, (params, state, samples, weights, cluster), cluster, "judge")
+        lines = [line for part in parts for line in read_sealed(state, part["name"]).decode().splitlines()]
+        return [json.loads(line) for line in lines], json.loads(read_sealed(state, JUDGES))
+
+
+def geneval(whole: Params, params: EvaluateParams, records: list[dict[str, Any]], judges: dict[str, str],
+            weights: Path, device: torch.device) -> dict[str, Any]:
+    """GenEval's score of the verdicts, under the name of who judged."""
     name = geneval_name(**judges)
 
     def figures(records: list[dict[str, Any]], suffix: str = "") -> dict[str, float]:
@@ -173,14 +175,14 @@ def geneval(key: str, whole: Params, cluster: Cluster, out: Path) -> dict[str, A
 
     metrics: dict[str, Any] = figures(records)
     if params.baselines:
-        detector, colors = load_judges(str(params.detector), WEIGHTS, torch.device(cluster.device))
-        for which, (prompts, pictures) in scene_baselines(whole, params, [image.prompt for image in images],
-                                                          torch.device(cluster.device)).items():
+        detector, colors = load_judges(str(params.detector), weights, device)
+        prompts = [json.loads(record["metadata"]) for record in records]
+        for which, (wanted, pictures) in scene_baselines(whole, params, prompts, weights, device).items():
             judged = [{"tag": prompt["tag"], "metadata": prompt["prompt"],
                        "correct": judge_image(picture, prompt, detector, colors).correct}
-                      for prompt, picture in zip(prompts, pictures, strict=True)]
+                      for prompt, picture in zip(wanted, pictures, strict=True)]
             metrics |= figures(judged, f"_{which}")
-    return metrics | judges | {"prompts": len({image.path.parents[1] for image in images})}
+    return metrics | judges | {"prompts": len({record["filename"].split("/")[0] for record in records})}
 
 
 def geneval_name(detector: str, color_classifier: str) -> str:
@@ -192,22 +194,25 @@ def geneval_name(detector: str, color_classifier: str) -> str:
 
 
 class Judge:
-    """What an actor does: it holds the detector and the colour classifier, and judges parts, each written whole.
-    Their names, which only the loaded weights tell, it leaves in the run directory."""
+    """What an actor does: it holds the detector and the colour classifier, and judges parts. Their names, which only
+    the loaded weights tell, it leaves beside these."""
 
-    def __init__(self, params: EvaluateParams, run: Path, weights: Path, cluster: Cluster):
+    def __init__(self, params: EvaluateParams, state: Store, samples: Artifact, weights: Artifact, cluster: Cluster):
         torch.set_num_threads(cluster.threads_per_worker)
-        self.judges = detector, colors = load_judges(str(params.detector), weights, torch.device(cluster.device))
-        write_json(run / JUDGES, {"detector": detector.name, "color_classifier": colors.name})
+        self.state, self.images = state, samples.local() / "images"
+        self.judges = load_judges(str(params.detector), weights.local(), torch.device(cluster.device))
+        detector, colors = self.judges
+        names = {"detector": detector.name, "color_classifier": colors.name}
+        write_sealed(state, JUDGES, json.dumps(names).encode())
 
     def __call__(self, part: dict[str, Any]) -> None:
-        lines = [json.dumps(evaluate_image(Sample(Path(path), filename, prompt), *self.judges, Rules()))
-                 for path, filename, prompt in part["images"]]
-        write_atomic(Path(part["path"]), "".join(f"{line}\n" for line in lines).encode())
+        lines = [json.dumps(evaluate_image(Sample(self.images / filename, filename, prompt), *self.judges, Rules()))
+                 for filename, prompt in part["images"]]
+        write_sealed(self.state, part["name"], "".join(f"{line}\n" for line in lines).encode())
 
 
-def scene_baselines(whole: Params, params: EvaluateParams, prompts: list[dict[str, Any]], device: torch.device
-                    ) -> dict[str, tuple[list[dict[str, Any]], np.ndarray]]:
+def scene_baselines(whole: Params, params: EvaluateParams, prompts: list[dict[str, Any]], weights: Path,
+                    device: torch.device) -> dict[str, tuple[list[dict[str, Any]], np.ndarray]]:
     """What shows that the score measures: prompts (N) and pictures (N, S, S, 3) of scenes rendered straight from the
     prompts, of scenes of the next prompt of the same tag instead, and of the untrained model, sampled as the trained
     one was, once for each prompt."""
@@ -223,7 +228,7 @@ def scene_baselines(whole: Params, params: EvaluateParams, prompts: list[dict[st
     def rendered(prompts: list[dict[str, Any]]) -> np.ndarray:
         return np.stack([np.asarray(scenes.render(scenes.draw(p, random), size, random)) for p in prompts])
 
-    drawn = untrained(train, device).generate([*different], range(len(different)), sampling.sampler,
+    drawn = untrained(train, weights, device).generate([*different], range(len(different)), sampling.sampler,
                                               negative=sampling.negative)
     return {"rendered": (prompts, rendered(prompts)),
             "shuffled": (prompts, rendered([unlike[prompt["prompt"]] for prompt in prompts])),

@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 from pipeline.datasets import scenes
 from pipeline.params import PromptsParams, read_params, stage_params
 from pipeline.runs import run_stage
-from pipeline.storage import StorageError, fresh_directory, publish
+from pipeline.storage import Storage, fresh_directory
+from pipeline.store import StorageError
 from pixelgen.metrics.geneval import TAGS
 from pixelgen.prompts import read_prompts
 
@@ -29,7 +30,7 @@ def main() -> None:
         prompts = [{"name": p.name, **p.metadata} for p in read_prompts(local(params, out))]
     text = "".join(json.dumps(p) + "\n" for p in prompts)
     (out / "prompts.jsonl").write_text(text)
-    publish(out, "prompts", params, prompts=len(prompts))
+    Storage(None).publish(out, "prompts", params, prompts=len(prompts))
 
 
 def local(params: PromptsParams, out: Path) -> Path:

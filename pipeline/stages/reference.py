@@ -17,7 +17,7 @@ from pipeline.cluster import read_cluster
 from pipeline.judges import load_extractor
 from pipeline.params import read_params, stage_params
 from pipeline.runs import run_stage
-from pipeline.storage import fresh_directory, publish, read_checked
+from pipeline.storage import Storage, fresh_directory
 from pixelgen.config import ConfigError
 from pixelgen.metrics import fid
 
@@ -26,20 +26,21 @@ OUT, SHARDS, WEIGHTS = Path("out/reference"), Path("out/shard"), Path("out/weigh
 
 def main() -> None:
     key = sys.argv[1]
-    params = stage_params(read_params().reference, key, "reference")
-    cluster = read_cluster()
+    whole, cluster = read_params(), read_cluster()
+    params, storage = stage_params(whole.reference, key, "reference"), Storage(whole.storage.root)
     torch.set_num_threads(cluster.threads_per_worker)
-    extractor = load_extractor(params.extractor, WEIGHTS, torch.device(cluster.device))
+    storage.check()
+    weights = storage.open(WEIGHTS, "weights").local()
+    extractor = load_extractor(params.extractor, weights, torch.device(cluster.device))
     if params.npz is None:
-        dataset = SHARDS / params.dataset
-        read_checked(dataset, "dataset")
+        dataset = storage.open(SHARDS / params.dataset, "dataset")
         reference = statistics(extractor, open_split(dataset, "train"), params.images, params.batch_size)
     else:
         reference = published(extractor, params.npz)
     out = fresh_directory(OUT / key)
     fid.save_reference(out / "reference.npz", reference)
-    publish(out, "reference", params, extractor=extractor.name, dataset=params.dataset,
-            images=0 if reference.images is None else len(reference.images))
+    storage.publish(out, "reference", params, extractor=extractor.name, dataset=params.dataset,
+                    images=0 if reference.images is None else len(reference.images))
 
 
 def statistics(extractor: fid.Extractor, split: Split, kept: int, batch_size: int) -> fid.Reference:

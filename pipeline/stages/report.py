@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.params import Params, read_params
 from pipeline.runs import run_stage
-from pipeline.storage import fresh_directory, publish
+from pipeline.storage import Storage, fresh_directory
 from pixelgen.encoders.inception import NAME as INCEPTION
 
 TRAINED, SAMPLED, EVALUATED, OUT = (Path("out") / n for n in ("train", "sample", "evaluate", "report"))
@@ -52,7 +52,7 @@ def main() -> None:
     out = fresh_directory(OUT)
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>PixelGen report</title><style>{STYLE}</style>"
     (out / "index.html").write_text(page + "\n".join(body) + "</html>\n")
-    publish(out, "report", {})
+    Storage(None).publish(out, "report", {})
 
 
 def evaluation(params: Params, key: str) -> list[str]:

@@ -24,7 +24,8 @@ from pipeline.datasets import SPLITS, DatasetError
 from pipeline.datasets.work import SOURCES, Job, Report, read_report, write_job
 from pipeline.params import DatasetParams, read_params, stage_params
 from pipeline.runs import lease, run_directory, run_stage
-from pipeline.storage import StorageError, fresh_directory, publish, write_atomic
+from pipeline.storage import Storage, fresh_directory
+from pipeline.store import StorageError, write_atomic
 
 OUT = Path("out/shard")
 SHARE = {"png": 0.75, "jpeg": 0.25}  # what an encoded photograph takes of its raw bytes
@@ -34,11 +35,12 @@ UNCOUNTED = 10_000  # samples from which on the share of unusable ones counts, w
 
 def main() -> None:
     key = sys.argv[1]
-    config = stage_params(read_params().datasets, key, "shard")
+    whole, cluster = read_params(), read_cluster()
+    config, storage = stage_params(whole.datasets, key, "shard"), Storage(whole.storage.root)
+    storage.check()
     sources = {name: dataclasses.replace(source, path=source.path and str(Path(source.path).absolute()))
                for name, source in config.sources.items()}
     data = dataclasses.replace(config, sources=sources)
-    cluster = read_cluster()
     classes, jobs = find_jobs(data)
     listed = [(job.source, [(i.key, i.size, i.mtime_ns) for item in job.task.items for i in (item, *item.texts) if i])
               for job in jobs]
@@ -46,19 +48,23 @@ def main() -> None:
                         [version(name) for name in ("pillow", "pyarrow", "numpy", "scikit-learn")]).absolute()
     with lease(run.parent / "driver.lease", patience=5):
         shards = run / "shards"
-        reports = collect(jobs, data, cluster, run)
-        wanted = {QUARANTINE, *(shard["path"] for report in reports.values() for shard in report["shards"])}
+        reports = collect(jobs, data, cluster, storage, run)
+        files = [shard["file"] for report in reports.values() for shard in report["shards"]]
+        wanted = {QUARANTINE, *(file["path"] for file in files)}
         for stray in shards.iterdir():
             if stray.name not in wanted:  # what a killed run left half-written
                 stray.unlink()
         parts = {name: summary([reports[job.name] for job in jobs if job.source == name], classes) | {
             "captions": config.sources[name].captions} for name in config.sources}
         check_training_images(parts, classes, shards / QUARANTINE)
-        publish(shards, "dataset", config, image_sizes=config.image_sizes, classes=classes,
-                quarantined=sum(part["quarantined"] for part in parts.values()),
-                skipped=sum(part["skipped"] for part in parts.values()), sources=parts)
+        storage.publish(shards, "dataset", config, stored=files, image_sizes=config.image_sizes, classes=classes,
+                        quarantined=sum(part["quarantined"] for part in parts.values()),
+                        skipped=sum(part["skipped"] for part in parts.values()), sources=parts)
         fresh_directory(OUT / key).rmdir()
         shutil.move(shards, OUT / key)
+        state = storage.run(run)
+        for name in state.sizes("reports/"):
+            state.delete(name)
         shutil.rmtree(run.parent)
 
 
@@ -71,15 +77,15 @@ def find_jobs(data: DatasetParams) -> tuple[list[str] | None, list[Job]]:
     return classes, jobs
 
 
-def collect(jobs: list[Job], data: DatasetParams, cluster: Cluster, run: Path) -> dict[str, Report]:
+def collect(jobs: list[Job], data: DatasetParams, cluster: Cluster, storage: Storage, run: Path
+            ) -> dict[str, Report]:
     """The reports of all jobs, by name, once all are done. DatasetError as soon as too much cannot be used."""
-    for name in ("shards", "reports"):
-        (run / name).mkdir(exist_ok=True)
+    (run / "shards").mkdir(exist_ok=True)
     known = sum(job.task.samples for job in jobs) or UNCOUNTED
     reports: dict[str, Report] = {}
     rejected: list[tuple[str, str]] = []
     seen, total = 0, known
-    for name, report in write_missing(jobs, data, cluster, run):
+    for name, report in write_missing(jobs, data, cluster, storage, run):
         reports[name] = report
         rejected += report["rejected"]
         seen += sum(shard["rows"] for shard in report["shards"]) + len(report["rejected"]) + report["skipped"]
@@ -95,12 +101,12 @@ def collect(jobs: list[Job], data: DatasetParams, cluster: Cluster, run: Path) -
     return reports
 
 
-def write_missing(jobs: list[Job], data: DatasetParams, cluster: Cluster, run: Path
+def write_missing(jobs: list[Job], data: DatasetParams, cluster: Cluster, storage: Storage, run: Path
                   ) -> Iterator[tuple[str, Report]]:
     """Name and report of each job: first of those that are done, then of others as they get done."""
     todo: list[Job] = []
     for job in jobs:
-        if report := read_report(run, job.name):
+        if report := read_report(storage, run, job.name):
             yield job.name, report
         else:
             todo.append(job)
@@ -108,25 +114,25 @@ def write_missing(jobs: list[Job], data: DatasetParams, cluster: Cluster, run: P
         return
     each = data.image_sizes[-1]**2 * 3 * SHARE[data.encoding]
     need = sum(job.task.samples * each or sum(item.size for item in job.task.items) for job in todo)
-    if need > (free := shutil.disk_usage(run).free):
+    if storage.root is None and need > (free := shutil.disk_usage(run).free):
         raise StorageError(f"{run}: make room on this disk; about {need / 1e9:.1f} GB are needed, "
                            f"{free / 1e9:.1f} GB are free")
-    for count, name in enumerate(do(todo, data, cluster, run), 1):
+    for count, name in enumerate(do(todo, data, cluster, storage, run), 1):
         print(f"part {count} of {len(todo)}: {name}", flush=True)
-        report = read_report(run, name)
+        report = read_report(storage, run, name)
         if report is None:
-            raise StorageError(f"{run} is not the same on all nodes: run on one, or on a shared disk")
+            raise StorageError(f"{run} is not the same on all nodes: run on one, on a shared disk, or set storage.root")
         yield name, report
 
 
-def do(jobs: list[Job], data: DatasetParams, cluster: Cluster, run: Path) -> Iterator[str]:
+def do(jobs: list[Job], data: DatasetParams, cluster: Cluster, storage: Storage, run: Path) -> Iterator[str]:
     """Names of jobs as Ray Data tasks get them done; for a single one on this machine no Ray is worth starting."""
     if cluster.address is None and len(jobs) == 1:
-        yield write_job(jobs[0], data, run)
+        yield write_job(jobs[0], data, storage, run)
         return
     with connect(cluster):
         done = ray_data().from_items([{"job": pickle.dumps(job)} for job in jobs], override_num_blocks=len(jobs)).map(
-            lambda row: {"name": write_job(pickle.loads(row["job"]), data, run)})
+            lambda row: {"name": write_job(pickle.loads(row["job"]), data, storage, run)})
         yield from (row["name"] for row in done.iter_rows())
 
 
@@ -134,9 +140,11 @@ def summary(reports: list[Report], classes: list[str] | None) -> dict[str, Any]:
     """What the manifest says of a source."""
     splits: dict[str, Any] = {}
     for split in SPLITS:
-        shards = sorted((s for r in reports for s in r["shards"] if s["split"] == split), key=lambda s: s["path"])
+        shards = sorted((s for r in reports for s in r["shards"] if s["split"] == split),
+                        key=lambda s: str(s["file"]["path"]))
         labels = Counter(label for shard in shards for label in shard["labels"])
-        splits[split] = {"shards": [{name: shard[name] for name in ("path", "rows", "size")} for shard in shards],
+        named = [{"path": s["file"]["path"], "rows": s["rows"], "size": s["pixels"]} for s in shards]
+        splits[split] = {"shards": named,
                          "rows": sum(shard["rows"] for shard in shards),
                          "per_class": classes and [labels[number] for number in range(len(classes))]}
     counts = {name: sum(report[name] for report in reports) for name in ("skipped", "captions_cut", "enlarged")}

@@ -1,10 +1,14 @@
 """train: a denoiser on a sharded dataset, under Ray Train; resumes from the last checkpoint of the same run."""
 
+import contextlib
 import csv
+import io
 import shutil
+import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +17,13 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from pipeline.batches import Plan, Source, first_captions, lane_batches, open_split
+from pipeline.checkpoints import Checkpoints, writing
 from pipeline.cluster import Cluster, connect, read_cluster
 from pipeline.params import NONE, TrainParams, read_params, stage_params
 from pipeline.runs import lease, run_directory, run_stage
-from pipeline.storage import MANIFEST, fresh_directory, publish, read_manifest, sha256, write_atomic
-from pixelgen.checkpoint import export, load_state, read_state, save_state, start_from
+from pipeline.storage import Artifact, Storage, fresh_directory
+from pipeline.store import LocalStore, S3Store, StorageError, Store, write_atomic
+from pixelgen.checkpoint import export, load_state, read_state, start_from
 from pixelgen.config import ConfigError, DenoiserConfig, ObjectiveConfig, require
 from pixelgen.encoders.dino import load_dino
 from pixelgen.encoders.lpips import load_lpips
@@ -29,6 +35,8 @@ from pixelgen.train import NonFiniteError, TrainState, create_state, fit
 
 WEIGHTS, DATA, OUT = Path("out/weights"), Path("out/shard"), Path("out/train")
 GRID_COLUMNS, GRID_IMAGES = 10, 50
+CURVE, FAILURE, STOP = "curve.csv", "failure.txt", "stop"  # in the run's store
+STOP_SECONDS = 10.0  # between looks at a store that is far away
 
 
 @dataclass(frozen=True)
@@ -36,57 +44,52 @@ class Run:
     """What a rank needs to know, passed to every worker."""
 
     params: TrainParams
-    data: Path
-    weights: Path
-    start: Path | None  # the exported model that training starts from
-    directory: Path
+    data: Artifact
+    weights: Artifact
+    start: Artifact | None  # the exported model that training starts from
+    directory: Path  # of the run on this machine
+    store: Store  # what of it is kept, where every machine sees it
     cluster: Cluster
 
     @property
-    def final(self) -> Path:
-        return self.checkpoint(self.params.fit.steps)
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.directory, self.store)
 
-    def checkpoint(self, step: int) -> Path:
-        return self.directory / "checkpoints" / f"step-{step:08d}.pt"
-
-    def checkpoints(self) -> list[Path]:
-        """Finished checkpoints, oldest first."""
-        return sorted((self.directory / "checkpoints").glob("step-*.pt"))
+    @property
+    def done(self) -> bool:
+        return self.params.fit.steps in self.checkpoints.steps()
 
 
 def main() -> None:
     key = sys.argv[1]
-    params = stage_params(read_params().train, key, "train")
-    run = prepare(key, params, read_cluster())
+    whole = read_params()
+    params, storage = stage_params(whole.train, key, "train"), Storage(whole.storage.root)
+    run = prepare(key, params, storage, read_cluster())
     with lease(run.directory / "driver.lease", patience=5):
-        if not run.final.exists():
+        if not run.done:
             train(run)
-        write_outputs(run, OUT / key)
+        write_outputs(run, storage, OUT / key)
 
 
-def prepare(key: str, params: TrainParams, cluster: Cluster) -> Run:
+def prepare(key: str, params: TrainParams, storage: Storage, cluster: Cluster) -> Run:
     """Everything that can be wrong before work starts is found here."""
-    data, weights = DATA / params.dataset, WEIGHTS
-    dataset = read_manifest(data, "dataset")
-    read_manifest(weights, "weights")
+    storage.check()
+    data, weights = storage.open(DATA / params.dataset, "dataset"), storage.open(WEIGHTS, "weights")
     require(params.fit.lanes % cluster.workers == 0, f"fit.lanes {params.fit.lanes} cannot be shared out evenly among "
             f"{cluster.workers} workers (clusters/*.yaml)")
     if params.denoiser.num_classes is not None:
-        require(len(dataset["classes"]) <= params.denoiser.num_classes, f"denoiser.num_classes "
-                f"{params.denoiser.num_classes}: dataset {params.dataset} has {len(dataset['classes'])} classes")
+        require(len(data["classes"]) <= params.denoiser.num_classes, f"denoiser.num_classes "
+                f"{params.denoiser.num_classes}: dataset {params.dataset} has {len(data['classes'])} classes")
     plan_of(params, data).check()
-    start = None if params.init == NONE else OUT / params.init / "model"
-    if start:
-        read_manifest(start, "model")
-    made_of = [sha256(folder / MANIFEST) for folder in (data, weights, start) if folder]
+    start = None if params.init == NONE else storage.open(OUT / params.init / "model", "model")
+    made_of = [artifact.identity for artifact in (data, weights, start) if artifact]
     directory = run_directory("train", key, params, *made_of)
-    (directory / "checkpoints").mkdir(exist_ok=True)
-    return Run(params, data.resolve(), weights.resolve(), start and start.resolve(), directory.resolve(), cluster)
+    return Run(params, data, weights, start, directory.absolute(), storage.run(directory), cluster)
 
 
-def plan_of(params: TrainParams, data: Path) -> Plan:
+def plan_of(params: TrainParams, data: Artifact) -> Plan:
     """The order of training: of the sources in the mixture, those shards whose images are large enough."""
-    described, size = read_manifest(data, "dataset")["sources"], params.denoiser.image_size
+    described, size = data["sources"], params.denoiser.image_size
     splits = {name: open_split(data, "train", name, size) for name in params.mixture or described}
     weights = params.mixture or {name: split.total for name, split in splits.items()}
     sources = tuple(Source(split, weights[name], tuple((described[name]["captions"] or {}).values()))
@@ -99,20 +102,39 @@ def train(run: Run) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    failure = run.directory / "failure.txt"
-    failure.unlink(missing_ok=True)
+    for name in (FAILURE, STOP):
+        run.store.delete(name)
     shutil.rmtree(run.directory / "ray", ignore_errors=True)
     cluster = run.cluster
-    with connect(cluster), Progress(run):
+    with connect(cluster), Progress(run), stopping(run):
         TorchTrainer(
             train_rank, train_loop_config={"run": run},
             torch_config=TorchConfig(backend="nccl" if cluster.device == "cuda" else "gloo"),
             scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=cluster.device == "cuda",
                                          resources_per_worker=cluster.resources),
-            run_config=RunConfig(name="train", storage_path=str(run.directory / "ray"),
+            run_config=RunConfig(name="train", storage_path=ray_storage(run),
                                  failure_config=FailureConfig(max_failures=cluster.max_failures))).fit()
-    if failure.exists():
-        raise ConfigError(failure.read_text())
+    with contextlib.suppress(FileNotFoundError):
+        raise ConfigError(run.store.read(FAILURE).decode())
+    if not run.done:
+        print(f"stopped at step {run.checkpoints.steps()[-1]}, which is saved: `dvc repro` goes on from there",
+              file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
+
+
+def ray_storage(run: Run) -> str:
+    """Where Ray Train keeps its own few notes; all machines have to see it."""
+    return run.store.uri("ray") if isinstance(run.store, S3Store) else str(run.directory / "ray")
+
+
+@contextlib.contextmanager
+def stopping(run: Run) -> Iterator[None]:
+    """Let SIGTERM, which comes before a machine is taken away, be a request to the ranks to save and end."""
+    before = signal.signal(signal.SIGTERM, lambda *_: run.store.write(STOP, b""))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def train_rank(config: dict[str, Run]) -> None:
@@ -127,9 +149,11 @@ def train_rank(config: dict[str, Run]) -> None:
     if device.type != run.cluster.device:
         raise RuntimeError(f"the cluster file promises {run.cluster.device}, this worker has {device}")
     lanes = range(rank * params.fit.lanes // world, (rank + 1) * params.fit.lanes // world)
-    text = build_text(params, run.weights, device)
-    objective = build_objective(params, run.weights, text, device)
+    weights = run.weights.local()
+    text = build_text(params, weights, device)
+    objective = build_objective(params, weights, text, device)
     state = create_state(params.denoiser.resolve(), objective, params.optimizer, params.fit.seed, device)
+    run.directory.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         with lease(run.directory / "writer.lease", patience=120):  # a killed run's rank 0 may take seconds to die
             fit_rank(run, state, objective, text, lanes, device, writes=True)
@@ -140,34 +164,47 @@ def train_rank(config: dict[str, Run]) -> None:
 def fit_rank(run: Run, state: TrainState, objective: Objective, text: TextEncoder | None, lanes: range,
              device: torch.device, writes: bool) -> None:
     params = run.params
-    newest = [max(run.checkpoints(), default=None)]
+    newest = [run.checkpoints.newest() if writes else None]
     if dist.is_initialized():
         dist.broadcast_object_list(newest)  # rank 0 decides, once it holds the lease
     if newest[0] is not None:
-        load_state(state, newest[0])
+        load_state(state, run.checkpoints.local(newest[0]))
     elif run.start is not None:
-        start_from(state, run.start)
+        start_from(state, run.start.local())
     batches = lane_batches(plan_of(params, run.data), lanes, state.step, params.fit.steps, device, text)
-    curve = Curve(run.directory / "curve.csv", state.step) if writes else None
+    if not writes:
+        fit(state, batches, objective, params.optimizer, params.fit, ignore, ignore, ignore)
+        return
+    curve = Curve(run, state.step)
+    with writing(run.checkpoints, params.fit.keep_checkpoints, params.fit.keep_every) as writer:
+        def checkpoint(state: TrainState) -> None:
+            grids = (run.directory / "grids").glob("*.png")
+            writer.save(state, {CURVE: curve.path} | {f"grids/{p.name}": p for p in grids})
 
-    def checkpoint(state: TrainState) -> None:
-        save_state(state, run.checkpoint(state.step))
-        for old in run.checkpoints()[:-params.fit.keep_checkpoints]:
-            old.unlink()
-
-    try:
-        fit(state, batches, objective, params.optimizer, params.fit,
-            on_log=curve.append if curve else ignore,
-            on_checkpoint=checkpoint if writes else ignore,
-            on_grid=(lambda s: draw_grid(run, s, text)) if writes else ignore)
-    except NonFiniteError as error:  # would come back after every restart: stop for good
-        if writes:
-            write_atomic(run.directory / "failure.txt", f"{error}. The state before it is kept in "
-                         f"{run.directory / 'checkpoints'}".encode())
+        try:
+            fit(state, batches, objective, params.optimizer, params.fit, curve.append, checkpoint,
+                lambda state: draw_grid(run, state, text), stop_requested(run))
+        except NonFiniteError as error:  # would come back after every restart: stop for good
+            run.store.write(FAILURE, f"{error}. The state before it is kept in "
+                            f"{run.directory / 'checkpoints'}".encode())
 
 
 def ignore(_: object) -> None:
     """What ranks other than 0 do with results."""
+
+
+def stop_requested(run: Run) -> Callable[[], bool]:
+    """Whether the driver has asked for an end; asked again only after a while where asking costs something."""
+    pause, asked = (0.0 if isinstance(run.store, LocalStore) else STOP_SECONDS), 0.0
+
+    def requested() -> bool:
+        nonlocal asked
+        if time.monotonic() - asked < pause:
+            return False
+        asked = time.monotonic()
+        return run.store.size(STOP) is not None
+
+    return requested
 
 
 def build_text(params: TrainParams, weights: Path, device: torch.device) -> TextEncoder | None:
@@ -197,12 +234,12 @@ def uses_dino(objective: ObjectiveConfig) -> bool:
 class Curve:
     """The loss curve as CSV, cut at the step from which training goes on, so that no step is in it twice."""
 
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        if path.exists():
-            header, *lines = path.read_text().splitlines()
+    def __init__(self, run: Run, step: int):
+        self.path = run.directory / CURVE
+        with contextlib.suppress(FileNotFoundError):
+            header, *lines = run.store.read(CURVE).decode().splitlines()
             kept = [header, *(line for line in lines if int(line.split(",")[0]) <= step)]
-            write_atomic(path, ("\n".join(kept) + "\n").encode())
+            write_atomic(self.path, ("\n".join(kept) + "\n").encode())
 
     def append(self, metrics: dict[str, float]) -> None:
         new = not self.path.exists()
@@ -227,7 +264,8 @@ def draw_grid(run: Run, state: TrainState, text: TextEncoder | None) -> None:
 
 
 class Progress:
-    """A progress bar in the driver, read from the loss curve that rank 0 writes."""
+    """A progress bar in the driver, read from the loss curve that rank 0 writes (with each checkpoint, if the run is
+    kept under a storage root)."""
 
     def __init__(self, run: Run):
         self.run, self.done = run, threading.Event()
@@ -241,18 +279,17 @@ class Progress:
         self.thread.join()
 
     def follow(self) -> None:
-        path, total = self.run.directory / "curve.csv", self.run.params.fit.steps
+        total, pause = self.run.params.fit.steps, 1 if isinstance(self.run.store, LocalStore) else STOP_SECONDS
         with tqdm(total=total, desc="train", unit="step", mininterval=1) as bar:
-            while not self.done.wait(1):
-                self.show(path, bar)
-            self.show(path, bar)
+            while not self.done.wait(pause):
+                self.show(bar)
+            self.show(bar)
 
-    @staticmethod
-    def show(path: Path, bar: tqdm) -> None:
-        if not path.exists():
+    def show(self, bar: tqdm) -> None:
+        try:
+            rows = list(csv.DictReader(io.StringIO(self.run.store.read(CURVE).decode())))
+        except (FileNotFoundError, StorageError):  # not yet; what is wrong with the storage stops the ranks
             return
-        with open(path) as file:
-            rows = list(csv.DictReader(file))
         if rows and None not in rows[-1].values() and int(rows[-1]["step"]) > bar.n:
             last = rows[-1]
             if bar.n == 0:
@@ -261,18 +298,18 @@ class Progress:
             bar.update(int(last["step"]) - bar.n)
 
 
-def write_outputs(run: Run, out: Path) -> None:
+def write_outputs(run: Run, storage: Storage, out: Path) -> None:
     """The trained model, its curve and its grids, as DVC outs."""
-    state = read_state(run.final)
+    state = read_state(run.checkpoints.local(run.params.fit.steps))
     raw, projector = ({k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
                       for prefix in ("denoiser.", "projector."))
     model = fresh_directory(out) / "model"
     export(model, run.params.denoiser.resolve(), state["ema"], raw, projector)
-    publish(model, "model", run.params, steps=state["step"])
-    shutil.copyfile(run.directory / "curve.csv", out / "curve.csv")
+    storage.publish(model, "model", run.params, steps=state["step"], run="/".join(run.directory.parts[-3:]))
+    run.store.fetch(CURVE, out / CURVE)
     (out / "grids").mkdir()
-    for path in sorted((run.directory / "grids").glob("*.png")):
-        shutil.copyfile(path, out / "grids" / path.name)
+    for name in run.store.sizes("grids/"):
+        run.store.fetch(name, out / name)
 
 
 if __name__ == "__main__":

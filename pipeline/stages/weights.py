@@ -26,7 +26,8 @@ from pipeline.datasets.digits import digits
 from pipeline.judges import DigitsJudge, save_digits_classifier, train_digits_classifier
 from pipeline.params import WeightsParams, read_params
 from pipeline.runs import run_stage
-from pipeline.storage import StorageError, fresh_directory, publish, sha256, write_json
+from pipeline.storage import Storage, fresh_directory, sha256, write_json
+from pipeline.store import StorageError
 from pixelgen.encoders import inception
 from pixelgen.encoders.dino import PATCH, load_dino
 from pixelgen.encoders.lpips import load_lpips
@@ -39,10 +40,12 @@ AGENT = {"User-Agent": "pixelgen"}
 
 
 def main() -> None:
-    params = read_params().weights
+    whole = read_params()
     torch.set_num_threads(1)  # the same stand-ins on every machine
+    storage = Storage(whole.storage.root)
+    storage.check()
     out = fresh_directory(OUT)
-    publish(out, "weights", params, **write_networks(out, params))
+    storage.publish(out, "weights", whole.weights, **write_networks(out, whole.weights))
 
 
 def write_networks(out: Path, params: WeightsParams) -> dict[str, Any]:

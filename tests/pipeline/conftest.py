@@ -8,7 +8,7 @@ import pytest
 
 from pipeline import runs
 from pipeline.datasets.work import read_report, write_job
-from pipeline.params import DatasetParams
+from pipeline.params import DatasetParams, StorageParams
 from pipeline.stages import shard
 from pipeline.storage import read_manifest
 
@@ -21,20 +21,21 @@ def shard_stage(tmp_path, monkeypatch):
     monkeypatch.chdir(work)
     monkeypatch.setattr(sys, "argv", ["shard", "name"])
     monkeypatch.setattr(runs, "code_hash", lambda stage: "code")
-    monkeypatch.setattr(shard, "read_params", lambda: dataclasses.make_dataclass("P", ["datasets"])(chosen))
+    monkeypatch.setattr(shard, "read_params", lambda: dataclasses.make_dataclass("P", ["datasets", "storage"])(
+        chosen, StorageParams(None)))
     monkeypatch.setattr(shard, "read_cluster", lambda: None)
     chosen: dict[str, DatasetParams] = {}
     written: list[str] = []
     stop_after: list[int] = []
 
-    def one_by_one(jobs, params, cluster, run):
+    def one_by_one(jobs, params, cluster, storage, run):
         for job in jobs:
-            if read_report(run, job.name) is None:
+            if read_report(storage, run, job.name) is None:
                 if stop_after and len(written) == stop_after[0]:
                     raise KeyboardInterrupt
                 written.append(job.name)
-                write_job(job, params, run)
-            yield job.name, read_report(run, job.name)
+                write_job(job, params, storage, run)
+            yield job.name, read_report(storage, run, job.name)
 
     monkeypatch.setattr(shard, "write_missing", one_by_one)
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipeline.batches import open_split
 from pipeline.params import DatasetParams, SourceParams
+from pipeline.storage import Storage
 
 SIZE = 32  # of the shards
 
@@ -150,3 +152,8 @@ def pairs(*numbers: int) -> list[tuple[str, bytes]]:
     """Members of good samples: 0007.jpg, 0007.txt, …"""
     return [member for n in numbers
             for member in ((f"{n:04}.jpg", encoded(picture(n), "JPEG")), (f"{n:04}.txt", f"picture {n}".encode()))]
+
+
+def split_of(directory, *which, **of):
+    """A split of the dataset that lies in `directory`."""
+    return open_split(Storage(None).open(directory, "dataset"), *which, **of)

@@ -19,19 +19,20 @@ from pipeline.batches import (
     Source,
     Split,
     load_window,
-    open_split,
     prompt,
     read_images,
 )
 from pipeline.params import TextParams
-from pipeline.storage import MANIFEST, StorageError, publish
+from pipeline.storage import MANIFEST, Storage
+from pipeline.store import StorageError
 from pixelgen.images import adm_crop
-from tests.pipeline.folders import picture
+from tests.pipeline.folders import picture, split_of
 
 
 def plan_of(*rows, seed=0, batch_size=4, lanes=2, weights=None, text=None):
     """A plan of sources whose shards have so many rows; their weights, if not given, are their sizes."""
-    sources = [Source(Split(tuple(f"{n}.parquet" for n in range(len(r))), tuple(r)), sum(r)) for r in rows]
+    splits = [Split(tuple(f"{n}.parquet" for n in range(len(r))), tuple(r), ("",) * len(r)) for r in rows]
+    sources = [Source(split, split.total) for split in splits]
     sources = [dataclasses.replace(s, weight=w) for s, w in zip(sources, weights or [s.weight for s in sources],
                                                                strict=True)]
     return Plan(tuple(sources), 8, seed, batch_size, lanes, text)
@@ -178,12 +179,12 @@ def dataset(tmp_path_factory):
         pq.write_table(pa.Table.from_pylist(table, schema=SCHEMA), directory / f"train-{n}.parquet")
         shards.append({"path": f"train-{n}.parquet", "rows": rows, "size": 8})
     (directory / "one.png").unlink()
-    publish(directory, "dataset", {}, sources={"all": {"splits": {"train": {"shards": shards}}}})
+    Storage(None).publish(directory, "dataset", {}, sources={"all": {"splits": {"train": {"shards": shards}}}})
     return directory
 
 
 def test_images_are_read_in_order_and_up_to_a_limit(dataset):
-    split = open_split(dataset, "train")
+    split = split_of(dataset, "train")
     assert split.total == 37 and split.rows == (5, 9, 23)
     for limit in (None, 0, 3, 5, 6, 37, 100):
         batches = list(read_images(split, limit))
@@ -200,13 +201,13 @@ def test_a_manifest_cannot_name_shards_that_it_holds_no_checksum_of(dataset, tmp
         {"path": "../elsewhere.parquet", "rows": 3, "size": 8})
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(StorageError, match=r"no checksum of \.\./elsewhere\.parquet: delete"):
-        open_split(tmp_path, "train")
+        split_of(tmp_path, "train")
 
 
 def reading(dataset, **options):
     """A plan that reads the dataset, at its own size unless another is asked for."""
     values = {"image_size": 8, "seed": 5, "batch_size": 8, "lanes": 4, "text": None} | options
-    return Plan((Source(open_split(dataset, "train"), captions=(1.0,)),), **values)
+    return Plan((Source(split_of(dataset, "train"), captions=(1.0,)),), **values)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -36,21 +36,17 @@ def test_shuffled_scenes_are_of_another_prompt_of_the_tag(monkeypatch):
     prompts = [p for tag in scenes.all_prompts() for p in scenes.held_out(tag)[:3] for _ in range(2)]
     seen = []
     monkeypatch.setattr(scenes, "draw", lambda prompt, random: seen.append(prompt) or [])
-    monkeypatch.setattr("pipeline.stages.evaluate.load_text_encoder", lambda *_: None)
 
     class Untrained:
-        def __init__(self, *_, **__):
-            pass
-
         def generate(self, wanted, seeds, *_, **__):
             assert len({*wanted}) == len(wanted) == len(seeds)
             return np.zeros((len(wanted), 8, 8, 3), np.uint8)
 
-    monkeypatch.setattr("pipeline.stages.evaluate.PixelGen", Untrained)
+    monkeypatch.setattr("pipeline.stages.evaluate.untrained", lambda *_: Untrained())
     from pipeline.params import read_params
 
     whole = read_params()
-    found = scene_baselines(whole, whole.evaluate["geneval"], prompts, torch.device("cpu"))
+    found = scene_baselines(whole, whole.evaluate["geneval"], prompts, None, torch.device("cpu"))
     assert list(found) == ["rendered", "shuffled", "untrained"]
     assert seen[:len(prompts)] == prompts == found["rendered"][0] == found["shuffled"][0]
     others = seen[len(prompts):]

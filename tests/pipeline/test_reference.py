@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.batches import open_split, read_images
+from pipeline.batches import read_images
 from pipeline.datasets import work
-from pipeline.params import ReferenceParams
+from pipeline.params import ReferenceParams, StorageParams
 from pipeline.stages import reference
-from pipeline.storage import StorageError, publish, read_manifest
+from pipeline.storage import Storage, read_manifest
+from pipeline.store import StorageError
 from pixelgen.config import ConfigError
 from pixelgen.metrics import fid
-from tests.pipeline.folders import SIZE, folder_params, make_plain, make_run, only
+from tests.pipeline.folders import SIZE, folder_params, make_plain, make_run, only, split_of
 
 PARAMS = ReferenceParams("plain", "digits", None, 7, 4)
 
@@ -36,22 +37,27 @@ def stage(tmp_path, monkeypatch):
     """A working directory with out/shard/plain of 20 training images, and the stage to run in it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["reference", "name"])
-    monkeypatch.setattr(reference, "read_params", lambda: dataclasses.make_dataclass("P", ["reference"])(chosen))
+    monkeypatch.setattr(reference, "read_params", lambda: dataclasses.make_dataclass("P", ["reference", "storage"])(
+        chosen, StorageParams(None)))
     monkeypatch.setattr(reference, "read_cluster", lambda: dataclasses.make_dataclass(
         "C", ["device", "threads_per_worker"])("cpu", 1))
     monkeypatch.setattr(reference, "load_extractor", load_extractor)
     chosen: dict[str, ReferenceParams] = {}
     params = folder_params(make_plain(tmp_path / "data", classes=2, each=10), rows_per_shard=6)
+    weights = tmp_path / "out" / "weights"
+    weights.mkdir(parents=True)
+    Storage(None).publish(weights, "weights", {})
     out = tmp_path / "out" / "shard" / "plain"
     out.parent.mkdir(parents=True)
     run = make_run(tmp_path / "run")
     shards = []
     for number, task in enumerate(work.SOURCES["image_folder"].tasks(*only(params))[1]):
-        work.write_job(work.Job("image_folder", number, task), params, run)
-        shards += work.read_report(run, f"image_folder-{number:05}")["shards"]
+        work.write_job(work.Job("image_folder", number, task), params, Storage(None), run)
+        shards += [{"path": s["file"]["path"], "rows": s["rows"], "size": s["pixels"]}
+                   for s in work.read_report(Storage(None), run, f"image_folder-{number:05}")["shards"]]
     shutil.move(run / "shards", out)
     splits = {"train": {"shards": shards}, "heldout": {"shards": []}}
-    publish(out, "dataset", params, sources={"image_folder": {"splits": splits}})
+    Storage(None).publish(out, "dataset", params, sources={"image_folder": {"splits": splits}})
 
     def run(params):
         chosen["name"] = params
@@ -62,12 +68,12 @@ def stage(tmp_path, monkeypatch):
 
 
 def load_extractor(name, weights, device):
-    assert (name, weights, device) == ("digits", Path("out/weights"), torch.device("cpu"))
+    assert (name, weights, device) == ("digits", Path("out/weights").absolute(), torch.device("cpu"))
     return Means()
 
 
 def every_image():
-    return np.concatenate([images for images, _ in read_images(open_split(Path("out/shard/plain"), "train"))])
+    return np.concatenate([images for images, _ in read_images(split_of(Path("out/shard/plain"), "train"))])
 
 
 def test_statistics_are_of_every_training_image(stage):
@@ -133,7 +139,7 @@ def test_a_published_reference_that_cannot_be_read_is_refused(stage, content, me
 
 
 def test_altered_or_missing_shards_are_refused(stage):
-    path = Path(open_split(Path("out/shard/plain"), "train").paths[1])
+    path = Path(split_of(Path("out/shard/plain"), "train").paths[1])
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from pipeline import runs
-from pipeline.storage import StorageError
+from pipeline.store import StorageError
 
 HOLDER = """
 import sys, time

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image, JpegImagePlugin
 
 from pipeline import runs
-from pipeline.batches import SCHEMA, open_split, read_images
+from pipeline.batches import SCHEMA, read_images
 from pipeline.datasets import DatasetError, Item, Task, deal, digits, image_folder
 from pipeline.datasets.work import Job, read_report, write_job
 from pipeline.params import SourceParams
 from pipeline.stages import shard
-from pipeline.storage import StorageError, check_file
+from pipeline.storage import Storage, check_file, describe
+from pipeline.store import StorageError
 from pixelgen.config import ConfigError
 from pixelgen.images import adm_crop, plain_crop
 from tests.pipeline.folders import (
@@ -34,6 +35,7 @@ from tests.pipeline.folders import (
     only,
     params_of,
     picture,
+    split_of,
 )
 
 DIGITS = params_of(SourceParams("digits", None, None, None), image_sizes=(16,), rows_per_shard=200, heldout=None,
@@ -86,7 +88,7 @@ def test_a_shard_holds_the_crops_and_the_report_the_rest(hostile, tmp_path):
     params, good, bad = hostile
     params = dataclasses.replace(params, rows_per_shard=100)
     items, run = image_folder.listing(*only(params))[1][::-1], make_run(tmp_path)
-    assert write_job(job_of(params, items), params, run) == "image_folder-00000"
+    assert write_job(job_of(params, items), params, Storage(None), run) == "image_folder-00000"
     (path,) = (run / "shards").iterdir()
     assert path.name == "image_folder-train-32-00000-0000.parquet"
     table = pq.read_table(path)
@@ -99,9 +101,9 @@ def test_a_shard_holds_the_crops_and_the_report_the_rest(hostile, tmp_path):
         image = Image.open(io.BytesIO(png))
         assert (image.format, image.mode, image.size, label) == ("PNG", "RGB", (SIZE, SIZE), item.label)
         assert np.array_equal(image, adm_crop(image_folder.load(*only(params), item).image, SIZE))
-    report = read_report(run, "image_folder-00000")
-    assert report["shards"] == [{"path": path.name, "split": "train", "size": SIZE, "rows": len(good) + 1,
-                                 "bytes": path.stat().st_size, "labels": table["label"].to_pylist()}]
+    report = read_report(Storage(None), run, "image_folder-00000")
+    assert report["shards"] == [{"split": "train", "pixels": SIZE, "rows": len(good) + 1,
+                                 "file": describe(path, path.name), "labels": table["label"].to_pylist()}]
     assert report["enlarged"] == 1 and report["skipped"] == report["captions_cut"] == 0
     assert {key for key, _ in report["rejected"]} == {f"image_folder/mixed/{name}" for name in bad}
 
@@ -110,7 +112,8 @@ def test_a_shard_written_again_has_the_same_bytes(hostile, tmp_path):
     params, _, _ = hostile
     job = job_of(params, image_folder.listing(*only(params))[1])
     for name in ("a", "a", "b"):
-        write_job(job, params, tmp_path / name if (tmp_path / name).exists() else make_run(tmp_path / name))
+        write_job(job, params, Storage(None),
+                  tmp_path / name if (tmp_path / name).exists() else make_run(tmp_path / name))
     one, other = ({p.name: p.read_bytes() for p in (tmp_path / n / "shards").iterdir()} for n in "ab")
     assert one == other and len(one) == 4  # 16 rows, 4 in each
 
@@ -118,7 +121,7 @@ def test_a_shard_written_again_has_the_same_bytes(hostile, tmp_path):
 def test_digits_are_sharded_as_they_are_given(tmp_path):
     items = [i for i in digits.listing(None, None)[1] if i.split == "heldout"]
     params = dataclasses.replace(DIGITS, rows_per_shard=500)
-    write_job(job_of(params, items), params, make_run(tmp_path))
+    write_job(job_of(params, items), params, Storage(None), make_run(tmp_path))
     table = pq.read_table(tmp_path / "shards" / "digits-heldout-16-00000-0000.parquet")
     images, labels = digits.digits("heldout", 16)
     assert table["label"].to_pylist() == labels.tolist()
@@ -129,7 +132,7 @@ def test_digits_are_sharded_as_they_are_given(tmp_path):
 def test_jpeg_is_smaller_and_close_and_keeps_all_its_colour(hostile, tmp_path):
     params = dataclasses.replace(hostile[0], encoding="jpeg", crop="plain")
     items = [i for i in image_folder.listing(*only(params))[1] if i.key == "good/plain.jpg"]
-    write_job(job_of(params, items), params, make_run(tmp_path))
+    write_job(job_of(params, items), params, Storage(None), make_run(tmp_path))
     (path,) = (tmp_path / "shards").iterdir()
     image = Image.open(io.BytesIO(pq.read_table(path)["image"][0].as_py()))
     exact = plain_crop(image_folder.load(*only(params), items[0]).image, SIZE)
@@ -139,19 +142,19 @@ def test_jpeg_is_smaller_and_close_and_keeps_all_its_colour(hostile, tmp_path):
 
 def test_only_a_job_whose_shards_are_whole_has_a_report(hostile, tmp_path):
     params, run = hostile[0], make_run(tmp_path)
-    assert read_report(run, "image_folder-00000") is None
+    assert read_report(Storage(None), run, "image_folder-00000") is None
     items = image_folder.listing(*only(params))[1]
-    write_job(job_of(params, [i for i in items if i.key.startswith("mixed/cut")]), params, run)
-    report = read_report(run, "image_folder-00000")
+    write_job(job_of(params, [i for i in items if i.key.startswith("mixed/cut")]), params, Storage(None), run)
+    report = read_report(Storage(None), run, "image_folder-00000")
     assert report["shards"] == [] and len(report["rejected"]) == 6
-    write_job(job_of(params, items), params, run)
+    write_job(job_of(params, items), params, Storage(None), run)
     first = next((run / "shards").iterdir())
     whole = first.read_bytes()
-    for content in (b"", whole[:4], whole[:-1]):
+    for content in (b"", whole[:4], whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
         first.write_bytes(content)
-        assert read_report(run, "image_folder-00000") is None
+        assert read_report(Storage(None), run, "image_folder-00000") is None
     first.unlink()
-    assert read_report(run, "image_folder-00000") is None
+    assert read_report(Storage(None), run, "image_folder-00000") is None
 
 
 # ------------------------------------------------------------------------------------------------- the stage
@@ -183,8 +186,8 @@ def test_the_manifest_counts_and_the_quarantine_list(stage, hostile):
     assert {f["path"] for f in manifest["files"]} == names == {p.name for p in out.iterdir()} - {"manifest.json"}
     assert all(check_file(out, entry) for entry in manifest["files"])
     for name, split in (("train", train), ("heldout", heldout)):
-        assert [s["rows"] for s in split["shards"]] == [len(labels) for _, labels in read_images(open_split(out, name))]
-        labels = np.concatenate([labels for _, labels in read_images(open_split(out, name))])
+        assert [s["rows"] for s in split["shards"]] == [len(labels) for _, labels in read_images(split_of(out, name))]
+        labels = np.concatenate([labels for _, labels in read_images(split_of(out, name))])
         assert np.bincount(labels, minlength=2).tolist() == split["per_class"]
     assert not Path("runs/shard@name").exists()
 
@@ -290,4 +293,4 @@ def test_a_full_disk_is_noticed_before_ray_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**7))
     monkeypatch.setattr(shard, "connect", lambda cluster: pytest.fail("Ray was started"))
     with pytest.raises(StorageError, match=r"make room on this disk; about 0.0 GB are needed, 0.0 GB are free"):
-        list(shard.write_missing(shard.find_jobs(params)[1], params, None, tmp_path))
+        list(shard.write_missing(shard.find_jobs(params)[1], params, None, Storage(None), tmp_path))

@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.batches import Plan, Source, lane_batches, load_window, open_split
+from pipeline.batches import Plan, Source, lane_batches, load_window
 from pipeline.cluster import connect, read_cluster
 from pipeline.datasets.work import write_job
 from pipeline.params import TextParams, read_params
 from pipeline.stages import shard
-from pipeline.storage import read_manifest
-from tests.pipeline.folders import SIZE, make_plain, make_run, make_tar, pairs
+from pipeline.storage import Storage, read_manifest
+from tests.pipeline.folders import SIZE, make_plain, make_run, make_tar, pairs, split_of
 
 ROOT = Path(__file__).parents[2]
 PARAMS = """
+storage: {{root: null}}
 weights: {{source: demo, networks: [], directory: null, seed: 0}}
 datasets:
   plain:
@@ -88,9 +89,10 @@ def run_here(key="plain"):
 
 def finished(work):
     """The shards of the tasks that are done; each has one."""
-    reports = [json.loads(path.read_bytes()) for path in work.glob("runs/*/*/reports/*.json")]
+    reports = [json.loads(path.read_bytes().partition(b"\n")[2]) for path in work.glob("runs/*/*/reports/*.json")]
     (shards,) = work.glob("runs/*/*/shards") if reports else [None]
-    return {s["path"]: stamp(shards / s["path"]) for report in reports for s in report["shards"]}
+    names = [s["file"]["path"] for report in reports for s in report["shards"]]
+    return {name: stamp(shards / name) for name in names}
 
 
 def stamp(path):
@@ -112,7 +114,7 @@ def test_containers_give_the_same_with_ray_as_without(session, tmp_path):
     run_here("tars")
     data, run = read_params().datasets["tars"], make_run(tmp_path)
     for job in shard.find_jobs(data)[1]:
-        write_job(job, data, run)
+        write_job(job, data, Storage(None), run)
     written = {path.name: path.read_bytes() for path in Path("out/shard/tars").glob("*.parquet")}
     assert written == {path.name: path.read_bytes() for path in (run / "shards").iterdir()} and len(written) > 6
     assert read_manifest(Path("out/shard/tars"), "dataset")["quarantined"] == 1
@@ -149,7 +151,7 @@ def test_a_run_killed_in_the_middle_goes_on_and_ends_as_an_undisturbed_one(sessi
 @pytest.mark.parametrize("data", ["plain", "tars"])
 def test_ray_hands_a_rank_its_lanes_in_the_order_of_the_plan(session, start, data):
     text = TextParams(0.5, 5) if data == "tars" else None
-    split = open_split(Path(f"out/shard/{data}").absolute(), "train")
+    split = split_of(Path(f"out/shard/{data}"), "train")
     plan = Plan((Source(split, captions=(1.0,)),), SIZE, seed=1, batch_size=4, lanes=4, text=text)
     lanes, stop, seen = [2, 3], 40, []
     for step in plan.windows(start, stop):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 
 from pipeline import storage
-from pipeline.storage import MANIFEST, StorageError, check_file, fresh_directory, publish, read_manifest
+from pipeline.storage import MANIFEST, Storage, check_file, fresh_directory, read_manifest
+from pipeline.store import StorageError
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ def finished(tmp_path):
     (directory / "deep").mkdir()
     (directory / "deep" / MANIFEST).write_text("a file like any other")
     (directory / "a.bin").write_bytes(b"0123456789")
-    publish(directory, "dataset", Config(None, 3), classes=["ä", "b"], rows=7)
+    Storage(None).publish(directory, "dataset", Config(None, 3), classes=["ä", "b"], rows=7)
     return directory
 
 
@@ -39,7 +40,7 @@ def test_a_manifest_holds_files_facts_and_config(finished):
 def test_equal_work_gives_an_equal_manifest(finished):
     before = (finished / MANIFEST).read_bytes()
     os.utime(finished / "a.bin", (0, 0))
-    publish(finished, "dataset", Config(None, 3), classes=["ä", "b"], rows=7)
+    Storage(None).publish(finished, "dataset", Config(None, 3), classes=["ä", "b"], rows=7)
     assert (finished / MANIFEST).read_bytes() == before
 
 
@@ -77,7 +78,7 @@ def test_a_manifest_of_another_kind_is_refused(finished, content):
 @pytest.mark.parametrize("path", ["../a.bin", "/etc/passwd", "deep/../../a.bin", ".."])
 def test_a_manifest_cannot_point_out_of_its_directory(finished, path):
     manifest = json.loads((finished / MANIFEST).read_text())
-    manifest["files"].append({"path": path, "size": 1, "sha256": "0"})
+    manifest["files"].append({"path": path, "size": 1, "sha256": "0" * 64})
     (finished / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(StorageError, match="names a file outside"):
         read_manifest(finished, "dataset")

@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.batches import SCHEMA, decode, open_split
+from pipeline.batches import SCHEMA, decode
 from pipeline.datasets import DatasetError, Rejected, Sample, Skipped, Task, captions, parquet, webdataset, work
 from pipeline.datasets.tar import members
 from pipeline.params import DatasetParams, SourceParams
 from pipeline.stages import shard
-from tests.pipeline.folders import encoded, make_run, make_tar, only, pairs, params_of, picture, png_claiming
+from pipeline.storage import Storage
+from tests.pipeline.folders import encoded, make_run, make_tar, only, pairs, params_of, picture, png_claiming, split_of
 
 
 def of(kind: str, path: Path, captions=("txt",), image=None, **changes) -> DatasetParams:
@@ -363,7 +364,7 @@ def test_a_run_goes_on_only_while_the_caption_files_are_the_same(shard_stage, tm
     (tmp_path / "3.txt").write_text("another caption")
     shard_stage(data)
     assert len(shard_stage.written) == 3
-    texts = [row for path in open_split(Path("out/shard/name"), "train").paths for row in
+    texts = [row for path in split_of(Path("out/shard/name"), "train").paths for row in
              pq.read_table(path)["captions"].to_pylist()]
     assert ["another caption"] in texts and len(texts) == 6
 
@@ -440,22 +441,22 @@ def test_sources_of_captions_meet_in_one_dataset_and_nothing_is_lost_in_silence(
 def test_a_split_may_be_of_one_source_and_of_large_images_only(shard_stage, mixed):
     shard_stage(mixed)
     out = Path("out/shard/name")
-    every = open_split(out, "train")
-    parts = [open_split(out, "train", source) for source in mixed.sources]
+    every = split_of(out, "train")
+    parts = [split_of(out, "train", source) for source in mixed.sources]
     assert every.paths == sum((part.paths for part in parts), ()) and every.total == sum(part.total for part in parts)
-    large = open_split(out, "train", size=64)
+    large = split_of(out, "train", size=64)
     assert 0 < large.total < every.total and large.paths == tuple(p for p in every.paths if "-64-" in p)
-    assert open_split(out, "train", size=32) == every and open_split(out, "train", size=65).total == 0
-    assert set(open_split(out, "heldout", "rows", 64).paths) <= set(open_split(out, "heldout", "rows").paths)
+    assert split_of(out, "train", size=32) == every and split_of(out, "train", size=65).total == 0
+    assert set(split_of(out, "heldout", "rows", 64).paths) <= set(split_of(out, "heldout", "rows").paths)
     with pytest.raises(KeyError):
-        open_split(out, "train", "nowhere")
+        split_of(out, "train", "nowhere")
 
 
 def test_rows_of_a_container_are_in_random_order_always_the_same(shard_stage, mixed):
     shard_stage(mixed)
     out = Path("out/shard/name")
     orders = [[int(key.split("/")[-1]) for key in pq.read_table(path)["key"].to_pylist()]
-              for path in open_split(out, "train", "rows").paths]
+              for path in split_of(out, "train", "rows").paths]
     assert any(order != sorted(order) for order in orders)
     first = content(out)
     shard_stage(mixed)
@@ -498,8 +499,9 @@ def test_a_container_is_written_while_it_is_read(tmp_path, monkeypatch):
                 yield str(n), lambda: Sample(picture(1), "train", None, ["x"])
 
     monkeypatch.setitem(work.SOURCES, "webdataset", Endless())
-    work.write_job(work.Job("webdataset", 0, Task([], 0, shuffle=True)), of("webdataset", tmp_path, image="jpg"), run)
-    rows = [s["rows"] for s in work.read_report(run, "webdataset-00000")["shards"]]
+    data = of("webdataset", tmp_path, image="jpg")
+    work.write_job(work.Job("webdataset", 0, Task([], 0, shuffle=True)), data, Storage(None), run)
+    rows = [s["rows"] for s in work.read_report(Storage(None), run, "webdataset-00000")["shards"]]
     assert rows == [4, 4, 4, 4, 4, 2]
 
 

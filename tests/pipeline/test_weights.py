@@ -15,7 +15,7 @@ from torchvision.models import vgg16
 
 from pipeline.params import WeightsParams
 from pipeline.stages import weights
-from pipeline.storage import StorageError
+from pipeline.store import StorageError
 from pixelgen.encoders import inception as inception_module
 from pixelgen.encoders.dino import load_dino
 from pixelgen.encoders.lpips import load_lpips

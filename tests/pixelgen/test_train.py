@@ -82,7 +82,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     log = train(whole, 6)
     assert whole.percept_weight != 1, "the balance is active"
     first = train(half, 3)
-    save_state(half, tmp_path / "state.pt")
+    save_state(half.state_dict(), tmp_path / "state.pt")
     torch.manual_seed(77)
     load_state(resumed, tmp_path / "state.pt")
     assert resumed.step == 3 and resumed.percept_weight == half.percept_weight != 1

@@ -1,0 +1,148 @@
+"""Checkpoints of a training run: written and uploaded while training goes on, and checked when they are read.
+
+`checkpoints/step-*.pt` is a training state; the `.json` of the same name, written last, vouches for it with size and
+sha256. They gather in the run directory, and under a storage root (where a rank on any machine finds them) too.
+"""
+
+import contextlib
+import fcntl
+import json
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.storage import describe, sha256
+from pipeline.store import LocalStore, StorageError, Store
+from pixelgen.checkpoint import save_state
+from pixelgen.train import TrainState
+
+FOLDER = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run as any process sees them."""
+
+    directory: Path  # the run directory on this machine
+    store: Store
+
+    def path(self, step: int) -> Path:
+        return self.directory / name_of(step)
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, ascending."""
+        return sorted(int(name.rsplit("-", 1)[1].removesuffix(".json"))
+                      for name in self.store.sizes(f"{FOLDER}/") if name.endswith(".json"))
+
+    def newest(self) -> int | None:
+        """The newest step whose checkpoint is intact; None if there is none. Damaged ones are reported, and put
+        aside: training then goes on from an earlier one, to the same end."""
+        for step in reversed(self.steps()):
+            try:
+                self.local(step)
+                return step
+            except StorageError as error:
+                print(f"{error}; going on without it", file=sys.stderr, flush=True)
+                self.store.delete(f"{name_of(step)}.json")
+                with contextlib.suppress(FileNotFoundError):
+                    self.path(step).rename(self.path(step).with_suffix(".damaged"))
+        return None
+
+    def local(self, step: int) -> Path:
+        """The file of a step on this machine, fetched if need be. StorageError if it is not what was written."""
+        name, path = name_of(step), self.path(step)
+        try:
+            entry = json.loads(self.store.read(f"{name}.json"))
+            size, digest = entry["size"], entry["sha256"]
+        except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
+            raise StorageError(f"{name}.json of {self.directory} is damaged or missing ({error})") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as lock:  # one of this machine's processes fetches for all
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not matches(path, size, digest) and not isinstance(self.store, LocalStore):
+                with contextlib.suppress(FileNotFoundError):
+                    self.store.fetch(name, path)
+            if not matches(path, size, digest):
+                raise StorageError(f"{path} is not the checkpoint that was written (size or sha256 differs)")
+        return path
+
+    def prune(self, keep: int, every: int | None) -> None:
+        """Delete all but the last `keep` checkpoints and those of every `every`th step."""
+        for step in self.steps()[:-keep]:
+            if every is None or step % every:
+                self.store.delete(f"{name_of(step)}.json")
+                self.store.delete(name_of(step))
+                self.path(step).unlink(missing_ok=True)
+
+
+class Writer:
+    """What rank 0 saves with: a thread writes, uploads and prunes, while training goes on with the next step."""
+
+    def __init__(self, checkpoints: Checkpoints, keep: int, every: int | None):
+        self.checkpoints, self.keep, self.every = checkpoints, keep, every
+        self.thread = threading.Thread()
+        self.error: BaseException | None = None
+
+    def save(self, state: TrainState, extras: Mapping[str, Path]) -> None:
+        """Copy the state and let it be written, after the one before. `extras`: files by the names under which they
+        are uploaded before the checkpoint."""
+        self.wait()
+        copied = snapshot(state.state_dict())
+        contents = {name: path.read_bytes() for name, path in extras.items()}
+        self.thread = threading.Thread(target=self._write, args=(state.step, copied, contents))
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is where it has to be. Raises what went wrong with it."""
+        if self.thread.ident is not None:
+            self.thread.join()
+        if self.error:
+            raise self.error
+
+    def _write(self, step: int, state: dict[str, Any], extras: Mapping[str, bytes]) -> None:
+        try:
+            name, path, store = name_of(step), self.checkpoints.path(step), self.checkpoints.store
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_state(state, path)
+            if not isinstance(store, LocalStore):
+                for extra, content in extras.items():
+                    store.write(extra, content)
+                store.write(name, path)
+            store.write(f"{name}.json", json.dumps(describe(path, name)).encode())
+            self.checkpoints.prune(self.keep, self.every)
+        except BaseException as error:
+            self.error = error
+
+
+@contextlib.contextmanager
+def writing(checkpoints: Checkpoints, keep: int, every: int | None) -> Iterator[Writer]:
+    """A `Writer`, which has finished at the end."""
+    writer = Writer(checkpoints, keep, every)
+    try:
+        yield writer
+    finally:
+        writer.wait()
+
+
+def name_of(step: int) -> str:
+    return f"{FOLDER}/step-{step:08d}.pt"
+
+
+def matches(path: Path, size: int, digest: str) -> bool:
+    return path.is_file() and path.stat().st_size == size and sha256(path) == digest
+
+
+def snapshot(value: Any) -> Any:
+    """A copy on the CPU, which the next step does not change."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: snapshot(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(snapshot(v) for v in value)
+    return value

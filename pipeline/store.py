@@ -1,0 +1,265 @@
+"""Where bytes lie: a directory, or a prefix of an S3 bucket, behind the same few functions.
+
+A name is a relative path. A reader sees the whole of what was written under a name, or nothing. Credentials, region
+and endpoint come from the standard AWS environment and configuration files, and from nowhere else.
+"""
+
+import base64
+import contextlib
+import datetime
+import functools
+import hashlib
+import io
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+PART = 64 << 20  # bytes of a part of a large object; S3 allows 10,000 of them
+ATTEMPTS = 8  # at every request, with a growing pause between them
+LARGEST_SKEW = 300  # seconds that the clock may be wrong: S3 refuses from 900 on
+REMEDIES = {
+    "NoSuchBucket": "create the bucket, or correct storage.root",
+    "404": "create the bucket, or correct storage.root",
+    "403": "these credentials may not use it: check the policy of the bucket",
+    "AccessDenied": "these credentials may not do that: allow s3:ListBucket, GetObject, PutObject, DeleteObject, "
+                    "AbortMultipartUpload and the listing of multipart uploads",
+    "InvalidAccessKeyId": "the key is unknown there: check AWS_ACCESS_KEY_ID or AWS_PROFILE, and AWS_ENDPOINT_URL",
+    "SignatureDoesNotMatch": "the secret is wrong: check AWS_SECRET_ACCESS_KEY",
+    "ExpiredToken": "the credentials have expired: renew them and run again, finished work is kept",
+    "InvalidToken": "the credentials are not valid there: check AWS_SESSION_TOKEN",
+    "RequestTimeTooSkewed": "the clock of this machine is wrong: synchronise it",
+    "SlowDown": f"it stayed overloaded for {ATTEMPTS} attempts: run again later, finished work is kept",
+}
+
+
+class StorageError(RuntimeError):
+    """An artifact is missing, unfinished or altered, or its storage fails; the message names it and the remedy."""
+
+
+class Store(Protocol):
+    """What both kinds can do."""
+
+    def write(self, name: str, source: bytes | Path) -> None:
+        """Store bytes, or the content of a file, under a name."""
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a name. FileNotFoundError if there is none."""
+
+    def fetch(self, name: str, target: Path) -> None:
+        """Write the bytes of a name to a local file. FileNotFoundError if there is none."""
+
+    def size(self, name: str) -> int | None:
+        """Bytes under a name; None if there is none."""
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Size in bytes of every name that begins with `prefix`."""
+
+    def delete(self, name: str) -> None:
+        """Remove a name; no error if there is none."""
+
+
+def open_store(location: str) -> Store:
+    """The store of `s3://bucket/prefix`, or of a directory."""
+    if not location.startswith("s3://"):
+        return LocalStore(Path(location))
+    bucket, _, prefix = location.removeprefix("s3://").partition("/")
+    return S3Store(bucket, prefix)
+
+
+def valid_root(location: str) -> bool:
+    """Whether this is an S3 location as `storage.root` wants it."""
+    return re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[\w.-]+)*", location, re.ASCII) is not None \
+        and not {".", ".."} & {*location.split("/")}
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """A reader sees the old file or the whole new one, and the new one survives a power cut."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # no other writer has the same
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@dataclass(frozen=True)
+class LocalStore:
+    """A directory; names with a dot in front are unfinished."""
+
+    directory: Path
+
+    def write(self, name: str, source: bytes | Path) -> None:
+        path = self.directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, source if isinstance(source, bytes) else source.read_bytes())
+
+    def read(self, name: str) -> bytes:
+        return (self.directory / name).read_bytes()
+
+    def fetch(self, name: str, target: Path) -> None:
+        write_atomic(target, self.read(name))
+
+    def size(self, name: str) -> int | None:
+        path = self.directory / name
+        return path.stat().st_size if path.is_file() else None
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        files = [p for p in self.directory.rglob("*") if p.is_file() and not p.name.startswith(".")]
+        named = {p.relative_to(self.directory).as_posix(): p.stat().st_size for p in files}
+        return {name: size for name, size in sorted(named.items()) if name.startswith(prefix)}
+
+    def delete(self, name: str) -> None:
+        (self.directory / name).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class S3Store:
+    """A prefix of a bucket. S3 shows an object when all of it has arrived, so every write is atomic."""
+
+    bucket: str
+    prefix: str
+
+    def key(self, name: str) -> str:
+        return f"{self.prefix}/{name}" if self.prefix else name
+
+    def uri(self, name: str = "") -> str:
+        return f"s3://{self.bucket}/{self.key(name)}"
+
+    def write(self, name: str, source: bytes | Path) -> None:
+        with explained(self.uri(name)):
+            if isinstance(source, Path) and source.stat().st_size > PART:
+                self._write_parts(self.key(name), source)
+                return
+            data = source if isinstance(source, bytes) else source.read_bytes()
+            client().put_object(Bucket=self.bucket, Key=self.key(name), Body=data, ContentMD5=md5(data))
+
+    def _write_parts(self, key: str, path: Path) -> None:
+        """Upload in parts; those that an interrupted upload of the same content has left are not sent again."""
+        where = {"Bucket": self.bucket, "Key": key}
+        listed = client().list_multipart_uploads(Bucket=self.bucket, Prefix=key).get("Uploads", [])
+        unfinished = [upload["UploadId"] for upload in listed if upload["Key"] == key]
+        where["UploadId"] = unfinished[-1] if unfinished else client().create_multipart_upload(**where)["UploadId"]
+        pages = client().get_paginator("list_parts").paginate(**where) if unfinished else []
+        sent = {part["PartNumber"]: part["ETag"] for page in pages for part in page.get("Parts", [])}
+        parts: list[dict[str, Any]] = []
+        with open(path, "rb") as file:
+            while data := file.read(PART):
+                number = len(parts) + 1
+                if sent.get(number, "").strip('"') != hashlib.md5(data, usedforsecurity=False).hexdigest():
+                    sent[number] = client().upload_part(**where, PartNumber=number, Body=data,
+                                                        ContentMD5=md5(data))["ETag"]
+                parts.append({"PartNumber": number, "ETag": sent[number]})
+        client().complete_multipart_upload(**where, MultipartUpload={"Parts": parts})
+
+    def read(self, name: str) -> bytes:
+        sink = io.BytesIO()
+        self._stream(name, sink)
+        return sink.getvalue()
+
+    def fetch(self, name: str, target: Path) -> None:
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+        try:
+            with open(partial, "wb") as file:
+                self._stream(name, file)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _stream(self, name: str, sink: IO[bytes]) -> None:
+        """Receive an object; where a connection breaks off, the next attempt goes on."""
+        from botocore.exceptions import HTTPClientError, IncompleteReadError
+
+        with explained(self.uri(name)):
+            for attempt in range(ATTEMPTS):
+                begin = {"Range": f"bytes={sink.tell()}-"} if sink.tell() else {}
+                try:
+                    body = client().get_object(Bucket=self.bucket, Key=self.key(name), **begin)["Body"]
+                    for chunk in body.iter_chunks(1 << 20):
+                        sink.write(chunk)
+                    return
+                except (HTTPClientError, IncompleteReadError):
+                    if attempt == ATTEMPTS - 1:
+                        raise
+                    time.sleep(min(0.1 * 2**attempt, 10))
+
+    def size(self, name: str) -> int | None:
+        return self.sizes(name).get(name)
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        return {name: size for name, (size, _) in self.listing(prefix).items()}
+
+    def listing(self, prefix: str = "") -> dict[str, tuple[int, datetime.datetime]]:
+        """Size and time of the last change of every name that begins with `prefix`."""
+        start = len(self.key(""))
+        with explained(self.uri(prefix)):
+            pages = client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.key(prefix))
+            return {found["Key"][start:]: (found["Size"], found["LastModified"])
+                    for page in pages for found in page.get("Contents", [])}
+
+    def delete(self, name: str) -> None:
+        with explained(self.uri(name)):
+            client().delete_object(Bucket=self.bucket, Key=self.key(name))
+
+
+@functools.cache
+def client() -> Any:
+    """This process's connection to S3; boto3 repeats what fails for a passing reason."""
+    import boto3
+    from botocore.config import Config
+
+    return boto3.session.Session().client("s3", config=Config(
+        retries={"mode": "standard", "total_max_attempts": ATTEMPTS}, connect_timeout=10, read_timeout=60,
+        request_checksum_calculation="when_required", response_checksum_validation="when_required"))
+
+
+def md5(data: bytes) -> str:
+    """As S3 wants it beside what it is sent, to refuse what arrives changed."""
+    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+
+
+@contextlib.contextmanager
+def explained(uri: str) -> Iterator[None]:
+    """What boto3 raises, as a StorageError that names the object and the remedy; FileNotFoundError for none there."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except ClientError as error:
+        code = str(error.response.get("Error", {}).get("Code"))
+        if code == "NoSuchKey":
+            raise FileNotFoundError(f"{uri} is not there") from error
+        raise StorageError(f"{uri}: {error}; {REMEDIES.get(code, 'run again, finished work is kept')}") from error
+    except BotoCoreError as error:
+        raise StorageError(f"{uri}: {error} Check AWS_ENDPOINT_URL, AWS_REGION, the credentials (AWS_PROFILE or "
+                           "AWS_ACCESS_KEY_ID) and the network, then run again: finished work is kept") from error
+
+
+def preflight(root: str) -> str:
+    """Whether a run may rely on an S3 root: the bucket is there, what is written can be read and deleted, the clock is
+    right -> a line about it. StorageError names what is wrong, within seconds."""
+    store = open_store(root)
+    assert isinstance(store, S3Store)
+    with explained(root):
+        answer = client().head_bucket(Bucket=store.bucket)["ResponseMetadata"]["HTTPHeaders"]
+        versioning = client().get_bucket_versioning(Bucket=store.bucket).get("Status", "off").lower()
+    if "date" in answer:
+        there = datetime.datetime.strptime(answer["date"], "%a, %d %b %Y %H:%M:%S GMT").replace(tzinfo=datetime.UTC)
+        skew = abs((datetime.datetime.now(datetime.UTC) - there).total_seconds())
+        if skew > LARGEST_SKEW:
+            raise StorageError(f"{root}: this machine's clock is {skew:.0f} s off the storage's: synchronise it")
+    probe, content = f"preflight/{uuid.uuid4().hex}", b"written, read and deleted before work starts"
+    store.write(probe, content)
+    if store.read(probe) != content:
+        raise StorageError(f"{root}: what was written is not what is read back: it is no S3 to rely on")
+    store.delete(probe)
+    kept = "; old versions of deleted checkpoints are kept and cost: set a lifecycle rule"
+    return f"{root} is writable, versioning {versioning}{kept if versioning == 'enabled' else ''}"
