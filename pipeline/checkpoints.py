@@ -7,6 +7,7 @@ sha256. They gather in the run directory, and under a storage root (where a rank
 import contextlib
 import fcntl
 import json
+import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -36,8 +37,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending."""
-        return sorted(int(name.rsplit("-", 1)[1].removesuffix(".json"))
-                      for name in self.store.sizes(f"{FOLDER}/") if name.endswith(".json"))
+        found = (re.fullmatch(rf"{FOLDER}/step-(\d+)\.pt\.json", name) for name in self.store.sizes(f"{FOLDER}/"))
+        return sorted(int(match[1]) for match in found if match)
 
     def newest(self) -> int | None:
         """The newest step whose checkpoint is intact; None if there is none. Damaged ones are reported, and put

@@ -1,0 +1,96 @@
+"""Checkpoints of a run: whole or not there, the right ones kept, none trusted unread."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from pipeline import checkpoints as module
+from pipeline.checkpoints import Checkpoints, Writer, writing
+from pipeline.store import LocalStore, StorageError
+from pixelgen.checkpoint import read_state
+
+
+@dataclass
+class State:
+    """What a writer needs of a training state."""
+
+    step: int
+    weight: torch.Tensor
+
+    def state_dict(self):
+        return {"step": self.step, "optimizer": [{"weight": self.weight}, (1, "a")]}
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    return Checkpoints(tmp_path, LocalStore(tmp_path))
+
+
+def save(checkpoints, *steps, keep=10, every=None):
+    with writing(checkpoints, keep, every) as writer:
+        for step in steps:
+            writer.save(State(step, torch.full((3,), float(step))), {})
+
+
+def test_what_is_saved_is_what_was_there_at_the_time(checkpoints):
+    state = State(5, torch.ones(3))
+    writer = Writer(checkpoints, 1, None)
+    writer.save(state, {})
+    state.weight += 1  # the next step, before the file is written
+    writer.wait()
+    assert checkpoints.newest() == 5
+    found = read_state(checkpoints.local(5))
+    assert found["step"] == 5 and found["optimizer"][1] == (1, "a")
+    assert found["optimizer"][0]["weight"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("keep", "every", "left"), [
+    (1, None, [60]), (2, None, [50, 60]), (1, 20, [20, 40, 60]), (2, 25, [50, 60]), (9, None, [10, 20, 30, 40, 50, 60])])
+def test_the_last_and_every_so_manieth_are_kept(checkpoints, keep, every, left):
+    save(checkpoints, 10, 20, 30, 40, 50, 60, keep=keep, every=every)
+    assert checkpoints.steps() == left
+    assert [p.name for p in sorted(checkpoints.path(0).parent.glob("*.pt"))] == [f"step-{s:08}.pt" for s in left]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: data[:-1], lambda data: b"", lambda data: data[:100] + bytes([data[100] ^ 1]) + data[101:]])
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_taken(checkpoints, damage, capsys):
+    save(checkpoints, 10, 20)
+    path = checkpoints.path(20)
+    path.write_bytes(damage(path.read_bytes()))
+    assert checkpoints.newest() == 10
+    assert "step-00000020.pt is not the checkpoint that was written" in capsys.readouterr().err
+    assert checkpoints.steps() == [10] and path.with_suffix(".damaged").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"size": 3', b"\xff"])
+def test_a_damaged_description_is_no_checkpoint(checkpoints, content):
+    save(checkpoints, 10)
+    checkpoints.path(10).with_name("step-00000010.pt.json").write_bytes(content)
+    with pytest.raises(StorageError, match="damaged or missing"):
+        checkpoints.local(10)
+    assert checkpoints.newest() is None
+
+
+def test_a_file_without_its_description_is_unfinished(checkpoints):
+    save(checkpoints, 10, 20)
+    description = checkpoints.path(20).with_name("step-00000020.pt.json")
+    assert json.loads(description.read_text())["size"] == checkpoints.path(20).stat().st_size
+    description.unlink()
+    assert checkpoints.newest() == 10
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_training(checkpoints, monkeypatch):
+    def full(content, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_state", full)
+    writer = Writer(checkpoints, 1, None)
+    writer.save(State(1, torch.ones(1)), {})
+    with pytest.raises(OSError, match="No space left"):
+        writer.save(State(2, torch.ones(1)), {})
+    with pytest.raises(OSError, match="No space left"), writing(checkpoints, 1, None) as writer:
+        writer.save(State(1, torch.ones(1)), {})
+    assert checkpoints.steps() == []
