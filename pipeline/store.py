@@ -21,6 +21,7 @@ from typing import IO, Any, Protocol
 
 PART = 64 << 20  # bytes of a part of a large object; S3 allows 10,000 of them
 ATTEMPTS = 8  # at every request, with a growing pause between them
+PATIENCE = 60.0  # seconds without a byte, at each attempt
 LARGEST_SKEW = 300  # seconds that the clock may be wrong: S3 refuses from 900 on
 REMEDIES = {
     "NoSuchBucket": "create the bucket, or correct storage.root",
@@ -217,7 +218,7 @@ def client() -> Any:
     from botocore.config import Config
 
     return boto3.session.Session().client("s3", config=Config(
-        retries={"mode": "standard", "total_max_attempts": ATTEMPTS}, connect_timeout=10, read_timeout=60,
+        retries={"mode": "standard", "total_max_attempts": ATTEMPTS}, connect_timeout=10, read_timeout=PATIENCE,
         request_checksum_calculation="when_required", response_checksum_validation="when_required"))
 
 

@@ -55,6 +55,10 @@ def main() -> None:
     Storage(None).publish(out, "report", {})
 
 
+def samples(params: Params, key: str) -> Path:
+    return Storage(params.storage.root).open(SAMPLED / key, "samples").local()
+
+
 def evaluation(params: Params, key: str) -> list[str]:
     """The figures of one evaluation, the paper's under them, and the samples they were computed from."""
     metrics = json.loads((METRICS / f"{key}.json").read_text())
@@ -70,7 +74,7 @@ def evaluation(params: Params, key: str) -> list[str]:
     return [
         f"<h2>{html.escape(key)}: {metrics['samples']['count']} samples by {html.escape(metrics['extractor'])}</h2>",
         verdict,
-        picture(SAMPLED / wanted.sample / "grid.png", "samples, one class a column", scale=2),
+        picture(samples(params, wanted.sample) / "grid.png", "samples, one class a column", scale=2),
         table(["figure", "value"], [[k, number(v)] for k, v in named.items()]) if named else "",
         table(["", *SUITE], rows, paper),
         details("settings of these figures", {**{k: v for k, v in metrics.items() if isinstance(v, dict)},
@@ -93,12 +97,13 @@ def geneval(params: Params, key: str) -> list[str]:
                if name == "geneval" else f"<p class=warn>Not comparable with the paper's row: {html.escape(name)}, "
                f"judged by {html.escape(metrics['detector'])} and {html.escape(metrics['color_classifier'])}, on "
                f"{metrics['prompts']} prompts.</p>")
+    images = samples(params, params.evaluate[key].sample) / "images"
     records = [json.loads(line) for line in (EVALUATED / key / "results.jsonl").read_text().splitlines()]
     shown = []
     for tag in dict.fromkeys(r["tag"] for r in records):
         every = [r for r in records if r["tag"] == tag]
         shown.append(f"<h3>{html.escape(tag)}</h3>")
-        shown += [picture(SAMPLED / params.evaluate[key].sample / "images" / r["filename"],
+        shown += [picture(images / r["filename"],
                           f"{'✓' if r['correct'] else '✗'} {r['prompt']}" + (f": {r['reason']}" if r["reason"] else ""))
                   for r in every[::max(1, len(every) // SHOWN_VERDICTS)][:SHOWN_VERDICTS]]
     return [f"<h2>{html.escape(key)}: {metrics['samples']['count']} images of prompts</h2>", verdict,

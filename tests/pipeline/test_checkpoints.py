@@ -47,7 +47,8 @@ def test_what_is_saved_is_what_was_there_at_the_time(checkpoints):
 
 
 @pytest.mark.parametrize(("keep", "every", "left"), [
-    (1, None, [60]), (2, None, [50, 60]), (1, 20, [20, 40, 60]), (2, 25, [50, 60]), (9, None, [10, 20, 30, 40, 50, 60])])
+    (1, None, [60]), (2, None, [50, 60]), (1, 20, [20, 40, 60]), (2, 25, [50, 60]),
+    (9, None, [10, 20, 30, 40, 50, 60])])
 def test_the_last_and_every_so_manieth_are_kept(checkpoints, keep, every, left):
     save(checkpoints, 10, 20, 30, 40, 50, 60, keep=keep, every=every)
     assert checkpoints.steps() == left
