@@ -9,6 +9,7 @@ Checks that involve several fields are in `__post_init__`, next to the fields.
 import dataclasses
 import difflib
 import math
+import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -216,6 +217,7 @@ class FitConfig:
     keep_every: int | None  # and those of every so manieth step; None: no others
     log_every: int
     grid_every: int | None  # steps between the sample grids; None: none
+    on_nonfinite: str  # stop, or skip(N): of the whole run at most N steps are passed over, one more stops it
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "lanes", "checkpoint_every", "keep_checkpoints", "log_every"):
@@ -226,6 +228,17 @@ class FitConfig:
         for name in ("keep_every", "grid_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1, or null, got {value}")
+        require(re.fullmatch(r"stop|skip\([1-9][0-9]*\)", self.on_nonfinite) is not None,
+                f"on_nonfinite {self.on_nonfinite!r}: expected stop, or skip(N) with a whole number N of at least 1")
+
+    @property
+    def may_skip(self) -> int:
+        """How many steps of the whole run may be skipped because a number is not finite."""
+        return 0 if self.on_nonfinite == "stop" else int(self.on_nonfinite[len("skip("):-1])
+
+
+# No update depends on these fields of FitConfig: a run whose params.yaml changes in nothing else goes on where it was.
+CHANGEABLE = ("checkpoint_every", "keep_checkpoints", "keep_every", "log_every", "grid_every", "on_nonfinite")
 
 
 # ------------------------------------------------------------------------------------------------ the sampler

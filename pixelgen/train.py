@@ -8,6 +8,7 @@ is stopped and resumed takes the very steps that an undisturbed run takes.
 import contextlib
 import hashlib
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ from pixelgen.objective import Losses, Objective, WithProjector, repa_projector
 
 
 class NonFiniteError(RuntimeError):
-    """A loss term or the gradient is NaN or infinite. Raised before the optimizer step: the state is still good."""
+    """A loss term, the gradient or the perceptual weight is NaN or infinite. Raised before the optimizer step: the
+    state is still good."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,18 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     percept_weight: float = 1.0
     step: int = 0
+    skipped: int = 0  # of these steps, those that passed without an update
 
     def state_dict(self) -> dict:
         return {"model": self.model.state_dict(), "ema": self.ema.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "percept_weight": self.percept_weight, "step": self.step}
+                "optimizer": self.optimizer.state_dict(), "percept_weight": self.percept_weight, "step": self.step,
+                "skipped": self.skipped}
 
     def load_state_dict(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.percept_weight, self.step = state["percept_weight"], state["step"]
+        self.percept_weight, self.step, self.skipped = state["percept_weight"], state["step"], state["skipped"]
 
 
 def create_state(denoiser: DenoiserConfig | TextDenoiserConfig, objective: Objective, optimizer: OptimizerConfig,
@@ -85,28 +89,30 @@ def train_step(state: TrainState, model: nn.Module, lanes: Sequence[LaneBatch], 
                optimizer: OptimizerConfig, config: FitConfig) -> dict[str, float]:
     """One optimizer step on this rank's lanes; `model` is `state.model`, wrapped for the world it runs in.
 
-    Returns the mean of every loss term over all lanes of all ranks.
+    Returns the mean of every loss term over all lanes of all ranks, the norm of the gradient, and the perceptual
+    weight. If one of them is not finite, nothing is updated: the step is skipped, or raises NonFiniteError.
     """
     weight = state.percept_weight
     if objective.balances_at(state.step):
         weight = refreshed_balance(state, lanes, objective, config)
     state.optimizer.zero_grad(set_to_none=True)
-    sums: dict[str, Tensor] = {}
+    rows = []
     for i, batch in enumerate(lanes):
         with synchronised(model, last=i == len(lanes) - 1):
             losses = lane_losses(model, state, batch, objective, config, weight)
             (losses.total / len(lanes)).backward()
-        for name, value in {"loss": losses.total, **losses.terms}.items():
-            sums[name] = sums.get(name, 0) + value.detach()
+        rows.append(torch.stack([losses.total, *losses.terms.values()]).detach())
     limit = math.inf if optimizer.clip is None else optimizer.clip
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), limit)
-    means = mean_over_ranks(torch.stack([*sums.values()]) / len(lanes))
-    metrics = dict(zip(sums, means.tolist(), strict=True)) | {"grad_norm": norm.item()}
-    check_finite(metrics, state.step, lanes)
+    means = mean_over_ranks(torch.cat([torch.stack(rows).mean(0), norm[None]])).tolist()
+    metrics = dict(zip(["loss", *losses.terms, "grad_norm"], means, strict=True)) | {"percept_weight": weight}
 
-    state.optimizer.step()
-    ema_update(state.ema, state.model.denoiser, config.ema_decay)
-    state.percept_weight = weight
+    if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
+        skip_or_stop(state, f"{', '.join(bad)} not finite", suspects(lanes, rows), config)
+    else:
+        state.optimizer.step()
+        ema_update(state.ema, state.model.denoiser, config.ema_decay)
+        state.percept_weight = weight
     state.step += 1
     return metrics
 
@@ -146,11 +152,28 @@ def refreshed_balance(state: TrainState, lanes: Sequence[LaneBatch], objective: 
     return 0.8 * state.percept_weight + 0.2 * (sums[0] / sums[1]).item()
 
 
-def check_finite(metrics: dict[str, float], step: int, lanes: Sequence[LaneBatch]) -> None:
-    """Every rank holds the same means, so every rank stops, each naming its own samples."""
-    if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
-        keys = {batch.lane: list(batch.keys) for batch in lanes}
-        raise NonFiniteError(f"step {step}: {', '.join(bad)} not finite; no update was made. Samples by lane: {keys}")
+def skip_or_stop(state: TrainState, reason: str, samples: dict[int, list[str]], config: FitConfig) -> None:
+    """Count a step without an update, or raise NonFiniteError if no more of them are allowed.
+
+    What this rests on is the same on every rank, and so is the outcome.
+    """
+    message = f"step {state.step}: {reason}; no update was made. Samples by lane: {samples}"
+    if state.skipped >= config.may_skip:
+        raise NonFiniteError(message + f" (on_nonfinite: {config.on_nonfinite}, {state.skipped} skipped before)")
+    state.skipped += 1
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"skipped {state.skipped} of {config.may_skip}: {message}", file=sys.stderr, flush=True)
+
+
+def suspects(lanes: Sequence[LaneBatch], rows: Sequence[Tensor]) -> dict[int, list[str]]:
+    """Keys of the samples by lane, from all ranks: of the lanes with a loss (their row) that is not finite; of every
+    lane if only the gradient is not."""
+    every = [(b.lane, list(b.keys), bool(row.isfinite().all())) for b, row in zip(lanes, rows, strict=True)]
+    if world_size() > 1:
+        parts: list[list] = [[]] * world_size()
+        dist.all_gather_object(parts, every)
+        every = [entry for part in parts for entry in part]
+    return {lane: keys for lane, keys, finite in every if not finite} or {lane: keys for lane, keys, _ in every}
 
 
 def fit(state: TrainState, batches: Iterator[Sequence[LaneBatch]], objective: Objective, optimizer: OptimizerConfig,
@@ -164,7 +187,7 @@ def fit(state: TrainState, batches: Iterator[Sequence[LaneBatch]], objective: Ob
     model: nn.Module = state.model
     if config.compile:
         state.model.denoiser.compile()
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if world_size() > 1:
         model = DistributedDataParallel(state.model)
     started, first = time.perf_counter(), state.step
     for lanes in batches:
@@ -174,7 +197,7 @@ def fit(state: TrainState, batches: Iterator[Sequence[LaneBatch]], objective: Ob
         if state.step % config.log_every == 0 or done:
             now = time.perf_counter()
             rate = (state.step - first) * config.batch_size / (now - started)
-            on_log({"step": state.step, **metrics, "percept_weight": state.percept_weight, "images_per_second": rate})
+            on_log({"step": state.step, **metrics, "skipped": state.skipped, "images_per_second": rate})
             started, first = now, state.step
         if config.grid_every and (state.step % config.grid_every == 0 or done):
             on_grid(state)
@@ -197,8 +220,12 @@ def on_any_rank(flag: bool, device: torch.device) -> bool:
     return bool(mean_over_ranks(torch.tensor(float(flag), device=device)) > 0)
 
 
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def mean_over_ranks(values: Tensor) -> Tensor:
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if world_size() > 1:
         dist.all_reduce(values)
-        values = values / dist.get_world_size()
+        values = values / world_size()
     return values

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import html
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,11 @@ def picture(path: Path, caption: str, scale: int = 1) -> str:
 
 
 def plot(name: str, x: Sequence[float], y: Sequence[float], width: int = 280, height: int = 120) -> str:
-    """A line as inline SVG, with the extremes of both axes written out."""
+    """A line as inline SVG, with the extremes of both axes written out; what is not finite is left out."""
+    known = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b)]
+    if not known:
+        return f"<figure><figcaption>{html.escape(name)}: never finite</figcaption></figure>"
+    x, y = zip(*known, strict=True)
     low, high = min(y), max(y)
     span_x, span_y = (x[-1] - x[0]) or 1, (high - low) or 1
     points = " ".join(f"{(a - x[0]) / span_x * width:.1f},{height - (b - low) / span_y * height:.1f}"

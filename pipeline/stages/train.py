@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import io
 import shutil
 import signal
@@ -24,7 +25,7 @@ from pipeline.runs import lease, run_directory, run_stage
 from pipeline.storage import Artifact, Storage, fresh_directory
 from pipeline.store import LocalStore, S3Store, StorageError, Store, write_atomic
 from pixelgen.checkpoint import export, load_state, read_state, start_from
-from pixelgen.config import ConfigError, DenoiserConfig, ObjectiveConfig, require
+from pixelgen.config import CHANGEABLE, ConfigError, DenoiserConfig, ObjectiveConfig, require
 from pixelgen.encoders.dino import load_dino
 from pixelgen.encoders.lpips import load_lpips
 from pixelgen.encoders.text import TextEncoder, load_text_encoder
@@ -83,8 +84,15 @@ def prepare(key: str, params: TrainParams, storage: Storage, cluster: Cluster) -
     plan_of(params, data).check()
     start = None if params.init == NONE else storage.open(OUT / params.init / "model", "model")
     made_of = [artifact.identity for artifact in (data, weights, start) if artifact]
-    directory = run_directory("train", key, params, *made_of)
+    directory = run_directory("train", key, trajectory(params), *made_of)
     return Run(params, data, weights, start, directory.absolute(), storage.run(directory), cluster)
+
+
+def trajectory(params: TrainParams) -> dict:
+    """The parameters that the trained weights depend on: they name the run, any other may change while it lasts."""
+    plain = dataclasses.asdict(params)
+    plain["fit"] = {name: value for name, value in plain["fit"].items() if name not in CHANGEABLE}
+    return plain
 
 
 def plan_of(params: TrainParams, data: Artifact) -> Plan:
@@ -185,8 +193,10 @@ def fit_rank(run: Run, state: TrainState, objective: Objective, text: TextEncode
             fit(state, batches, objective, params.optimizer, params.fit, curve.append, checkpoint,
                 lambda state: draw_grid(run, state, text), stop_requested(run))
         except NonFiniteError as error:  # would come back after every restart: stop for good
-            run.store.write(FAILURE, f"{error}. The state before it is kept in "
-                            f"{run.directory / 'checkpoints'}".encode())
+            checkpoint(state)
+            run.store.write(FAILURE, f"{error}. The state before it is kept in {run.checkpoints.path(state.step)}: to "
+                            "go on from there without such steps, set fit.on_nonfinite to skip(N) and repeat; a lower "
+                            "optimizer.lr starts afresh".encode())
 
 
 def ignore(_: object) -> None:

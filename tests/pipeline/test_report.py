@@ -1,5 +1,6 @@
 """The report says when a figure must not be set beside the paper's, and loads nothing from anywhere."""
 
+import math
 import re
 
 from PIL import Image
@@ -33,6 +34,12 @@ def test_a_plot_spans_its_box():
 
 def test_a_flat_plot_of_one_point_is_drawn():
     assert "0.0,50.0" in report.plot("loss", [1], [2.0], width=100, height=50)
+
+
+def test_a_plot_leaves_out_what_is_not_finite():
+    markup = report.plot("loss", [10, 15, 20, 30], [3.0, math.nan, math.inf, 1.0], width=100, height=50)
+    assert 'points="0.0,0.0 100.0,50.0"' in markup and "from 1 to 3" in markup
+    assert "loss: never finite" in report.plot("loss", [10], [math.nan])
 
 
 def test_the_paper_is_marked_as_such():

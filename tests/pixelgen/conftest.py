@@ -16,7 +16,8 @@ TINY: dict[str, Any] = {
     "in_context_len": 2, "dropout": 0.0, "num_classes": 4}
 FIT: dict[str, Any] = {
     "steps": 6, "batch_size": 8, "lanes": 4, "seed": 3, "ema_decay": 0.9, "precision": "fp32", "compile": False,
-    "checkpoint_every": 100, "keep_checkpoints": 1, "keep_every": None, "log_every": 100, "grid_every": None}
+    "checkpoint_every": 100, "keep_checkpoints": 1, "keep_every": None, "log_every": 100, "grid_every": None,
+    "on_nonfinite": "stop"}
 
 
 def tiny_config(**changes: Any) -> DenoiserConfig:

@@ -142,6 +142,8 @@ def test_dump_and_load_is_the_identity(cls):
     (FitConfig, {"ema_decay": -0.1}, "ema_decay -0.1"),
     (FitConfig, {"grid_every": 0}, "grid_every must be at least 1, or null, got 0"),
     (FitConfig, {"keep_every": -1}, "keep_every must be at least 1, or null, got -1"),
+    *((FitConfig, {"on_nonfinite": value}, "expected stop, or skip\\(N\\) with a whole number N of at least 1")
+      for value in ("skip", "skip(0)", "skip(-1)", "skip(1.5)", "skip(3) ", "Skip(3)", "stop(3)", "")),
     (FitConfig, {"precision": "fp16"}, "precision: 'fp16' is not known"),
     (SamplerConfig, {"steps": 0}, "steps 0"),
     (SamplerConfig, {"guidance": -1.0}, "guidance -1.0"),
@@ -161,3 +163,7 @@ def test_conflicts_between_fields(cls, change, message):
 def test_terms_that_are_off_need_no_balance():
     off = {"lpips_weight": 0.0, "pdino_weight": 0.0, "gated": [], "balance_start": None}
     assert load(ObjectiveConfig, VALID[ObjectiveConfig] | off).balance_start is None
+
+
+def test_how_many_steps_may_be_skipped():
+    assert [FitConfig(**FIT | {"on_nonfinite": v}).may_skip for v in ("stop", "skip(1)", "skip(20)")] == [0, 1, 20]

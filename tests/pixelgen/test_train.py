@@ -1,6 +1,9 @@
 """Training: reproducible, resumable, the same on any number of ranks, and never past a number that is not finite."""
 
+import contextlib
 import copy
+import dataclasses
+import io
 import itertools
 import math
 
@@ -53,16 +56,33 @@ def ignore(_):
     pass
 
 
-def batches(start=0, lanes=range(4)):
-    return ([lane_batch(step, lane) for lane in lanes] for step in itertools.count(start))
+def batches(start=0, lanes=range(4), white=()):
+    """Batches of a rank from step `start`; those of the (step, lane) in `white` are white images."""
+    for step in itertools.count(start):
+        found = [lane_batch(step, lane) for lane in lanes]
+        yield [dataclasses.replace(b, images=b.images.fill_(255)) if (step, b.lane) in white else b for b in found]
 
 
-def train(state, steps, lanes=range(4), goal=None, **options):
+def train(state, steps, lanes=range(4), goal=None, white=(), **options):
     """`fit` up to a step number -> what it logged."""
     log = []
     config = fit_config(**{"steps": steps, "log_every": 1, **options})
-    fit(state, batches(state.step, lanes), goal or objective(), OPTIMIZER, config, log.append, ignore, ignore)
+    fit(state, batches(state.step, lanes, white), goal or objective(), OPTIMIZER, config, log.append, ignore, ignore)
     return [{k: v for k, v in entry.items() if k != "images_per_second"} for entry in log]
+
+
+def spoiled(damage, **options):
+    """An objective whose LPIPS of white images is damaged: its `value` is NaN, or only its `gradient` infinite."""
+    def lpips(images, targets):
+        distance = stand_in_lpips(images, targets)
+        if not (targets == 1).all():
+            return distance
+        if damage == "value":
+            return distance * math.nan
+        distance.register_hook(lambda gradient: gradient * math.inf)
+        return distance
+
+    return objective(lpips, **{"gated": (), "gate_threshold": 0.0, **options})
 
 
 def assert_same_state(a, b, **tolerance):
@@ -90,24 +110,30 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     assert_same_state(resumed, whole)
 
 
-def rank(index, world, steps, directory):
-    """One rank of a run: trains on its share of the lanes; the first one writes the state."""
+def rank(index, work, directory):
+    """One of two ranks: writes what `work` makes of its half of the lanes."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{directory}/rendezvous-{world}", rank=index, world_size=world)
-    state = fresh_state()
-    log = train(state, steps, range(index * 4 // world, (index + 1) * 4 // world))
-    torch.save({"state": state.state_dict(), "log": log}, directory / f"world{world}-rank{index}.pt")
+    dist.init_process_group("gloo", f"file://{directory}/rendezvous", rank=index, world_size=2)
+    torch.save(work(range(index * 2, index * 2 + 2)), directory / f"rank{index}.pt")
     dist.destroy_process_group()
 
 
+def on_two_ranks(work, directory):
+    """What `work` makes of the lanes of either rank."""
+    torch.multiprocessing.start_processes(rank, (work, directory), nprocs=2, start_method="fork")  # nothing to import
+    return [torch.load(directory / f"rank{i}.pt") for i in range(2)]
+
+
+def train_three_steps(lanes):
+    state = fresh_state()
+    return {"log": train(state, 3, lanes), "state": state.state_dict()}
+
+
 def test_the_number_of_ranks_changes_nothing(tmp_path):
-    torch.multiprocessing.start_processes(rank, (2, 3, tmp_path), nprocs=2, start_method="fork")  # nothing to import
-    first, second = (torch.load(tmp_path / f"world2-rank{i}.pt") for i in range(2))
-    alone = fresh_state()
-    log = train(alone, 3)
+    first, second = on_two_ranks(train_three_steps, tmp_path)
     assert first["state"]["percept_weight"] == second["state"]["percept_weight"] != 1
     torch.testing.assert_close(first, second, rtol=0, atol=0)
-    torch.testing.assert_close(first, {"state": alone.state_dict(), "log": log}, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(first, train_three_steps(range(4)), rtol=1e-5, atol=1e-6)
 
 
 def test_lanes_are_seeded_apart():
@@ -116,17 +142,72 @@ def test_lanes_are_seeded_apart():
     assert lane_seed(0, 1, 2) == lane_seed(0, 1, 2)
 
 
-@pytest.mark.parametrize("balance_start", [None, 0])
-def test_a_number_that_is_not_finite_stops_before_the_update(balance_start):
+@pytest.mark.parametrize(("damage", "balance_start", "says"), [
+    ("value", None, r"loss, lpips, grad_norm not finite; no update was made.* lane: {1: \['s2-1-0', 's2-1-1'\]}"),
+    ("value", 0, "loss, lpips, grad_norm, percept_weight not finite"),
+    ("gradient", None, r"grad_norm not finite.* {0: \['s2-0-0'.* 1: .* 2: .* 3: \['s2-3-0', 's2-3-1'\]}"),
+    ("gradient", 0, "loss, grad_norm, percept_weight not finite"),
+])
+def test_a_number_that_is_not_finite_stops_before_the_update(damage, balance_start, says):
     """Whatever the state holds is as before the step, and the message says which term of which samples it was."""
-    bad = objective(lambda a, b: stand_in_lpips(a, b) * math.nan, balance_start=balance_start)
     state = fresh_state()
     train(state, 2)
     before = copy.deepcopy(state.state_dict())
-    with pytest.raises(NonFiniteError, match=r"step 2: loss, lpips, grad_norm not finite.*3: \['s2-3-0', 's2-3-1'\]"):
-        train(state, 4, goal=bad)
+    with pytest.raises(NonFiniteError, match=f"step 2: {says}"):
+        train(state, 4, goal=spoiled(damage, balance_start=balance_start), white=[(2, 1)])
     torch.testing.assert_close(state.state_dict(), before, rtol=0, atol=0)
     assert train(state, 3), "it can go on from there"
+
+
+def test_a_balance_that_is_not_finite_stops_too(monkeypatch):
+    monkeypatch.setattr("pixelgen.train.balance_weight", lambda *_: torch.tensor(math.nan))
+    with pytest.raises(NonFiniteError, match="step 2: loss, grad_norm, percept_weight not finite"):
+        train(fresh_state(), 3)
+
+
+@pytest.mark.parametrize("damage", ["value", "gradient"])
+def test_a_skipped_step_leaves_no_trace_but_its_number(damage, capsys):
+    """The run ends where it would have ended if the step had not been there."""
+    skipping, without = fresh_state(), fresh_state()
+    log = train(skipping, 5, goal=spoiled(damage), white=[(2, 1)], on_nonfinite="skip(1)")
+    assert [entry["skipped"] for entry in log] == [0, 0, 1, 1, 1] and not math.isfinite(log[2]["grad_norm"])
+    assert "skipped 1 of 1: step 2: " in (said := capsys.readouterr().err) and "1: ['s2-1-0', 's2-1-1']" in said
+    train(without, 2, goal=spoiled(damage))
+    without.step, without.skipped = 3, 1
+    train(without, 5, goal=spoiled(damage))
+    assert_same_state(skipping, without)
+
+
+def test_one_more_than_may_be_skipped_stops(tmp_path):
+    """They are counted over the whole run, across restarts."""
+    state, resumed = fresh_state(), fresh_state(seed=9)
+    options = {"goal": spoiled("value"), "white": [(0, 0), (2, 1), (4, 2)], "on_nonfinite": "skip(2)"}
+    train(state, 3, **options)
+    save_state(state.state_dict(), tmp_path / "state.pt")
+    load_state(resumed, tmp_path / "state.pt")
+    with pytest.raises(NonFiniteError, match=r"step 4: .*on_nonfinite: skip\(2\), 2 skipped before"):
+        train(resumed, 6, **options)
+    assert (resumed.step, resumed.skipped) == (4, 2)
+
+
+def skip_one_and_stop_at_the_next(lanes):
+    """Step 1 is bad on the second rank alone, step 3 on the first one."""
+    state = fresh_state()
+    with pytest.raises(NonFiniteError) as error, contextlib.redirect_stderr(io.StringIO()) as said:
+        train(state, 6, lanes, spoiled("value"), white=[(1, 3), (3, 0)], on_nonfinite="skip(1)")
+    return {"state": state.state_dict(), "error": str(error.value), "said": said.getvalue()}
+
+
+def test_ranks_skip_and_stop_together(tmp_path):
+    first, second = on_two_ranks(skip_one_and_stop_at_the_next, tmp_path)
+    assert first["error"] == second["error"] == (
+        "step 3: loss, lpips, grad_norm not finite; no update was made. Samples by lane: {0: ['s3-0-0', 's3-0-1']} "
+        "(on_nonfinite: skip(1), 1 skipped before)")
+    assert "skipped 1 of 1: step 1: loss, lpips, grad_norm" in first["said"] and "{3: ['s1-3-0'," in first["said"]
+    assert second["said"] == "", "one rank speaks for all"
+    torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
+    assert (first["state"]["step"], first["state"]["skipped"]) == (3, 1)
+    torch.testing.assert_close(first["state"], skip_one_and_stop_at_the_next(range(4))["state"], rtol=1e-5, atol=1e-6)
 
 
 def test_ema_is_the_weighted_mean_of_the_weights():

@@ -1,0 +1,97 @@
+"""The training stage around a number that is not finite: what it keeps, what it says, and how the run goes on."""
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pipeline import runs
+from pipeline.params import read_params
+from pipeline.stages import train as stage
+from pipeline.storage import Storage, fresh_directory
+from pipeline.store import LocalStore
+from pixelgen.checkpoint import read_state
+from pixelgen.config import ObjectiveConfig
+from pixelgen.objective import Objective
+from pixelgen.train import create_state
+from tests.pixelgen.conftest import StandInDino, lane_batch, tiny_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def params():
+    train = read_params(ROOT / "params.yaml").train["c2i"]
+    fit = dataclasses.replace(train.fit, steps=4, batch_size=4, checkpoint_every=2, grid_every=None, log_every=1)
+    return dataclasses.replace(train, fit=fit)
+
+
+def changed(params, **fit):
+    return dataclasses.replace(params, fit=dataclasses.replace(params.fit, **fit))
+
+
+@pytest.fixture
+def directory_of(params, monkeypatch, tmp_path):
+    """The run directory that `prepare` gives parameters; its inputs are always the same."""
+    monkeypatch.setattr(runs, "RUNS", tmp_path)
+    monkeypatch.setattr(runs, "code_hash", lambda _: "code")
+    monkeypatch.setattr(stage, "plan_of", lambda *_: SimpleNamespace(check=lambda: None))
+    storage = Storage(None)
+    for name in ("weights", "shard/digits"):
+        directory = fresh_directory(tmp_path / "out" / name)
+        storage.publish(directory, "weights" if name == "weights" else "dataset", {}, classes=[*range(10)])
+    monkeypatch.chdir(tmp_path)
+    return lambda params: stage.prepare("c2i", params, storage, SimpleNamespace(workers=1)).directory
+
+
+@pytest.mark.parametrize("change", [
+    {"checkpoint_every": 1}, {"keep_checkpoints": 9}, {"keep_every": 9}, {"log_every": 2}, {"grid_every": 2},
+    {"on_nonfinite": "skip(10)"},
+], ids=str)
+def test_a_run_goes_on_when_what_no_update_depends_on_is_changed(directory_of, params, change):
+    assert directory_of(changed(params, **change)) == directory_of(params)
+
+
+@pytest.mark.parametrize("change", [
+    {"steps": 5}, {"batch_size": 8}, {"lanes": 4}, {"seed": 1}, {"ema_decay": 0.5}, {"precision": "bf16"},
+    {"compile": True},
+], ids=str)
+def test_a_run_starts_afresh_when_its_updates_change(directory_of, params, change):
+    assert directory_of(changed(params, **change)) != directory_of(params)
+    other = dataclasses.replace(params, optimizer=dataclasses.replace(params.optimizer, lr=1e-5))
+    assert directory_of(other) != directory_of(params)
+
+
+def test_what_a_bad_number_stopped_goes_on_from_the_state_before_it(params, monkeypatch, tmp_path):
+    """Step 3 has no checkpoint by `checkpoint_every`; the loss of its batches is NaN."""
+    def lane_batches(plan, lanes, start, *_):
+        for step in itertools.count(start):
+            images = [lane_batch(step, lane) for lane in lanes]
+            yield [dataclasses.replace(b, images=b.images.fill_(255)) if step == 3 else b for b in images]
+
+    def lpips(images, targets):
+        return (images - targets).square().mean((1, 2, 3)) * (math.nan if (targets == 1).all() else 1)
+
+    def run_rank(params):
+        goal = Objective(ObjectiveConfig(repa_weight=0, pdino_block=1, gated=(), balance_start=None), 8,
+                         torch.tensor(4), StandInDino(), lpips)
+        state = create_state(tiny_config(), goal, params.optimizer, 0, torch.device("cpu"))
+        run = stage.Run(params, None, None, None, tmp_path, LocalStore(tmp_path), SimpleNamespace())
+        stage.fit_rank(run, state, goal, None, range(2), torch.device("cpu"), writes=True)
+        return run.checkpoints.steps()
+
+    monkeypatch.setattr(stage, "lane_batches", lane_batches)
+    monkeypatch.setattr(stage, "plan_of", lambda *_: None)
+    assert run_rank(params) == [2, 3]
+    said = (tmp_path / "failure.txt").read_text()
+    assert "step 3: loss, lpips, grad_norm not finite" in said and "'s3-1-0'" in said
+    assert f"{tmp_path}/checkpoints/step-00000003.pt" in said and "fit.on_nonfinite to skip(N)" in said
+    assert run_rank(changed(params, on_nonfinite="skip(1)"))[-1] == 4
+    last = read_state(tmp_path / "checkpoints/step-00000004.pt")
+    assert (last["step"], last["skipped"]) == (4, 1)
+    rows = [line.split(",") for line in (tmp_path / "curve.csv").read_text().splitlines()]
+    assert [row[rows[0].index("skipped")] for row in rows] == ["skipped", "0", "0", "0", "1"]
