@@ -48,6 +48,9 @@ class Objective:
         needs_dino = config.repa_weight > 0 or config.pdino_weight > 0
         require(not needs_dino or dino is not None, "repa_weight or pdino_weight is set, but there is no DINO network")
         require(config.lpips_weight == 0 or lpips is not None, "lpips_weight is set, but there is no LPIPS network")
+        # An empty prompt is nothing but padding, and attention to nothing was NaN before torch 2.5.
+        require(bool(null.isfinite().all()), "the text features of the empty prompt, which dropped conditions become, "
+                "are not finite: get the text encoder's files anew, or another version of torch")
         if dino is not None:
             require(config.pdino_block < dino.depth,
                     f"pdino_block {config.pdino_block}: this DINO has blocks 0 to {dino.depth - 1}")

@@ -130,6 +130,13 @@ def test_a_network_that_is_needed_has_to_be_there(networks, options, message):
         Objective(ObjectiveConfig(**{"pdino_block": 1} | options), 16, NULL, *networks)
 
 
+def test_a_dropped_condition_has_to_be_finite():
+    empty = torch.zeros(3, 6)
+    empty[1, 2] = torch.nan
+    with pytest.raises(ConfigError, match="features of the empty prompt, .* are not finite"):
+        Objective(ObjectiveConfig(pdino_block=1), 16, empty, StandInDino(), stand_in_lpips)
+
+
 def test_draws():
     config = ObjectiveConfig(pdino_block=1, condition_dropout=0.25)
     objective = Objective(config, 16, NULL, StandInDino(), stand_in_lpips)
