@@ -16,7 +16,7 @@ class Endpoint:
 
     url: str
     access_key: str = "tests:tester"
-    secret_key: str = "secret"
+    secret_key: str = "to-be-seen-nowhere"
     region: str = "us-east-1"
 
     def environment(self) -> dict[str, str]:

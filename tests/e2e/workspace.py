@@ -1,0 +1,51 @@
+"""A workspace of its own for tests of the workflow: a copy of what the stages are made of, and ways to run them."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parents[2]
+yaml = YAML()
+
+
+def make(path, change):
+    """A workspace in the folder `path`, its parameters changed by `change`."""
+    for name in ("pixelgen", "pipeline", "clusters", "dvc.yaml", "params.yaml", ".dvcignore", ".gitignore",
+                 ".dvc/config"):
+        target = path / name
+        target.parent.mkdir(exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(ROOT / name, target)
+    (path / "README.md").write_text("a readme\n")
+    subprocess.run(["git", "init", "-q"], cwd=path, check=True)
+    edit(path, change)
+    return path
+
+
+def edit(workspace, change):
+    data = yaml.load(workspace / "params.yaml")
+    change(data)
+    yaml.dump(data, workspace / "params.yaml")
+
+
+def environment(workspace):
+    paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    return {**os.environ, "PATH": os.pathsep.join(paths), "PYTHONPATH": str(workspace)}
+
+
+def dvc(workspace, *arguments, check=True):
+    done = subprocess.run(["dvc", *arguments], cwd=workspace, env=environment(workspace), text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert not check or done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
