@@ -19,6 +19,7 @@ from pipeline.params import read_yaml
 from pixelgen.config import ConfigError, choose, load, require
 
 CLUSTERS = Path("clusters")
+LONGEST_PART = 6 * 3600.0  # seconds: a part may be many images, a container large, a network still to be compiled
 STARTS = 3  # attempts to start Ray, which gives up after a fixed time however busy the machine is
 
 # Ray on one machine: loopback only, quiet, quick to notice a dead worker. A value already in the environment stays.
@@ -30,7 +31,6 @@ LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "60",
     "RAY_idle_worker_killing_time_threshold_ms": "600000",  # or every task that reads ahead starts a process anew
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",  # importing torch in every worker takes its time
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -102,7 +102,9 @@ def ray_data() -> Any:
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # importing it has set another level
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = LONGEST_PART
     return ray.data
 
 
