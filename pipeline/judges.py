@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from scipy import ndimage  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.datasets import scenes
 from pixelgen.metrics.geneval import ColorClassifier, Detector, Found
+from pixelgen.tensors import read_safetensors
 
 
 class DigitsClassifier(nn.Module):
@@ -92,7 +93,7 @@ def load_extractor(name: str, weights: Path, device: torch.device) -> Any:
 
         return load_inception(weights / "inception" / "model.pth", device)
     model = DigitsClassifier()
-    model.load_state_dict(load_file(weights / "digits" / "model.safetensors"))
+    model.load_state_dict(read_safetensors(weights / "digits" / "model.safetensors"))
     return DigitsJudge(model, device)
 
 

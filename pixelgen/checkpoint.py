@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pixelgen.config import ConfigError, DenoiserConfig, TextDenoiserConfig, choose, load
 from pixelgen.models import KINDS, SIZES, build_denoiser
 from pixelgen.models.jit import JiT
 from pixelgen.models.jit_t2i import JiTText
+from pixelgen.tensors import check_state, read_pickle, read_safetensors
 from pixelgen.train import TrainState
 
 Weights = dict[str, Tensor]
@@ -54,9 +54,9 @@ def load_state(state: TrainState, path: Path) -> None:
 def read_state(path: Path) -> Any:
     """The content of a checkpoint file, tensors on the CPU; nothing in the file is executed."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can raise almost anything
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint of tensors and plain data: {error}") from error
+        return read_pickle(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 # --------------------------------------------------------------------------------------------- exported models
@@ -80,16 +80,33 @@ def read_config(directory: Path) -> Config:
     if not path.is_file():
         raise CheckpointError(f"{directory}: not an exported model: there is no config.json. `pixelgen convert` makes "
                               "one from a published .ckpt; training writes one when it ends")
-    described = json.loads(path.read_text())
+    try:
+        described = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from None
+    if not isinstance(described, Mapping) or "config" not in described:
+        raise CheckpointError(f"{path}: not the description of an exported model, which has denoiser and config")
     kind = choose(str(described.get("denoiser")), list(KINDS), f"{path}: denoiser")
     return load(KINDS[kind], described["config"], f"{path}: config")
 
 
 def load_denoiser(directory: Path, weights: str = "ema") -> JiT | JiTText:
     """The exported model of `directory`, in eval mode on the CPU. `weights`: ema or raw."""
-    model = build_denoiser(read_config(directory))
-    load_weights(model, directory / f"{weights}.safetensors")
+    config, file = read_config(directory), directory / f"{weights}.safetensors"
+    check_claims(config, file)
+    model = build_denoiser(config)
+    load_weights(model, file)
     return model.eval().requires_grad_(False)
+
+
+def check_claims(config: Config, file: Path) -> None:
+    """CheckpointError if the model of `config` is larger than the file of its weights, so that none is built that
+    would not fit into memory."""
+    sizes = [size for size in dataclasses.astuple(config) if isinstance(size, int)]
+    grid = config.image_size // config.patch_size
+    least = 4 * config.width * (grid**2 + config.width * config.depth + sum(sizes) - config.image_size)
+    if file.is_file() and least > file.stat().st_size:
+        raise CheckpointError(f"{file}: too small for the model that {file.parent / 'config.json'} describes")
 
 
 def start_from(state: TrainState, directory: Path) -> None:
@@ -108,9 +125,11 @@ def start_from(state: TrainState, directory: Path) -> None:
 def load_weights(model: nn.Module, file: Path, rebuilt: Sequence[str] = ()) -> None:
     """Fill `model` from a safetensors file that fits it exactly, but for the entries that `model` has `rebuilt`."""
     try:
-        state = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
+        state = read_safetensors(file)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from error
     state |= {k: v for k, v in model.state_dict().items() if k in rebuilt and k in state}
     check_weights(model, state, str(file))
     model.load_state_dict(state)
@@ -141,9 +160,12 @@ def read_published(path: Path, in_context_start: int | None = None) -> tuple[Con
     """
     content = read_state(path)
     state = content.get("state_dict") if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(k, str) and isinstance(v, Tensor)
-                                                 for k, v in state.items()):
+    if not isinstance(state, Mapping):
         raise CheckpointError(f"{path}: not a Lightning checkpoint: there is no state_dict of tensors")
+    try:
+        state = check_state(state, path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     groups: dict[str, Weights] = {"denoiser": {}, "ema_denoiser": {}, "diffusion_trainer.proj": {}}
     extra = []
     for key, value in state.items():

@@ -44,6 +44,8 @@ def load(cls: type[T], data: Any, where: str = "") -> T:
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{where}: the number does not fit into 64 bits")
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _build(hint, value, where)
     if origin in (Union, types.UnionType):
@@ -95,6 +97,11 @@ def _join(where: str, key: str) -> str:
 # ---------------------------------------------------------------------------------------------- the denoiser
 
 
+def _check_sizes(config: "DenoiserConfig | TextDenoiserConfig") -> None:
+    for name in ("image_size", "patch_size", "width", "depth", "heads"):
+        require(getattr(config, name) >= 1, f"{name} {getattr(config, name)} must be at least 1")
+
+
 @dataclass(frozen=True)
 class DenoiserConfig:
     """Architecture of the class-conditional denoiser (`pixelgen.models.jit.JiT`)."""
@@ -111,6 +118,7 @@ class DenoiserConfig:
     num_classes: int
 
     def __post_init__(self) -> None:
+        _check_sizes(self)
         require(self.image_size % self.patch_size == 0,
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         require(self.width % self.heads == 0 and self.width // self.heads % 4 == 0,
@@ -136,6 +144,7 @@ class TextDenoiserConfig:
     text_length: int  # tokens
 
     def __post_init__(self) -> None:
+        _check_sizes(self)
         require(self.image_size % self.patch_size == 0,
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         require(self.width % self.heads == 0 and self.width // self.heads % 4 == 0,

@@ -34,6 +34,7 @@ from pixelgen.encoders.lpips import load_lpips
 from pixelgen.encoders.text import load_text_encoder
 from pixelgen.metrics import detector
 from pixelgen.metrics.colors import load_colors
+from pixelgen.metrics.pretrained import read_weights
 
 OUT = Path("out/weights")
 AGENT = {"User-Agent": "pixelgen"}
@@ -106,7 +107,7 @@ def prepare_dino(folder: Path) -> None:
 
 def prepare_lpips(folder: Path) -> None:
     trunk = folder / FILES["lpips"][0].name
-    state = torch.load(trunk, weights_only=True)
+    state, _ = read_weights(trunk)
     save_file({k: v.contiguous() for k, v in state.items() if k.startswith("features.")}, folder / "trunk.safetensors")
     trunk.unlink()
     write_json(folder / "config.json", {"net": "vgg"})

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pixelgen.tensors import read_safetensors
+
 PATCH = 14
+ARGUMENTS = {"embed_dim", "depth", "num_heads"}  # timm takes others, such as a file to unpickle
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -23,9 +25,12 @@ def load_dino(directory: str | Path, grid: int) -> "Dino":
 
     directory = Path(directory)
     config = json.loads((directory / "config.json").read_text())
+    if not timm.is_model(config["architecture"]) or not config["arguments"].keys() <= ARGUMENTS:
+        raise ValueError(f"{directory / 'config.json'}: expected an architecture that is part of timm, with no other "
+                         f"arguments than {', '.join(sorted(ARGUMENTS))}, not {config}")
     network = timm.create_model(config["architecture"], pretrained=False, num_classes=0, img_size=grid * PATCH,
                                 **config["arguments"])
-    state = load_file(directory / "model.safetensors")
+    state = read_safetensors(directory / "model.safetensors")
     state["pos_embed"] = interpolate_positions(state["pos_embed"], grid)
     network.load_state_dict(state)
     return Dino(network, grid)

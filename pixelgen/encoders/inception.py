@@ -4,11 +4,14 @@ Shapes: images (B, 3, H, W) uint8 RGB; pool (B, 2048), spatial (B, 2023), logits
 """
 
 import hashlib
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pixelgen.tensors import read_pickle
 
 NAME = "inception-v3-compat"
 FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -50,15 +53,14 @@ def load_inception(path: str | Path, device: str | torch.device = "cpu") -> Ince
     path, device = Path(path), torch.device(device)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected torch-fidelity's {FILE}")
-    try:
-        torch.load(path, weights_only=True, map_location="cpu")  # refuses code; torch-fidelity would run it
-    except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"{path}: not a readable file of plain tensors") from error
+    checked = io.BytesIO()  # torch-fidelity would run what is in a pickle: it gets one that was written here
+    torch.save(read_pickle(path), checked)
+    checked.seek(0)
     try:
         network = published.FeatureExtractorInceptionV3(
             NAME,
             ["2048", "logits_unbiased"],  # the latter are the logits without the bias
-            feature_extractor_weights_path=str(path),
+            feature_extractor_weights_path=checked,
         )
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{path}: not the weights of {NAME}: {str(error)[:500]}") from error

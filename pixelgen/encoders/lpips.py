@@ -10,8 +10,9 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from pixelgen.tensors import read_safetensors
 
 TINY = 1e-10
 
@@ -27,7 +28,7 @@ def load_lpips(directory: str | Path) -> "Lpips":
         warnings.simplefilter("ignore")
         metric = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
     layers = {name.split(".", 1)[1]: name for name in metric.net.state_dict()}  # "N.weight" -> "sliceK.N.weight"
-    trunk = {k.removeprefix("features."): v for k, v in load_file(directory / "trunk.safetensors").items()
+    trunk = {k.removeprefix("features."): v for k, v in read_safetensors(directory / "trunk.safetensors").items()
              if k.startswith("features.")}
     metric.net.load_state_dict({layers.get(k, k): v for k, v in trunk.items()})
     return Lpips(metric)

@@ -19,8 +19,10 @@ def load_text_encoder(directory: str | Path, length: int, device: str | torch.de
     if not (Path(directory) / "config.json").is_file():
         raise FileNotFoundError(f"{directory}: not a text encoder: there is no config.json. Needed is a folder with "
                                 "model and tokenizer, such as a copy of Qwen/Qwen3-1.7B")
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, padding_side="right")
-    network = AutoModel.from_pretrained(directory, local_files_only=True, use_safetensors=True,
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False,
+                                              padding_side="right")
+    network = AutoModel.from_pretrained(directory, local_files_only=True, trust_remote_code=False,
+                                        use_safetensors=True,
                                         dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     return TextEncoder(tokenizer, network.to(device), length)
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
+
+from pixelgen.tensors import check_state, read_pickle, read_safetensors
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a directory, the first that is there
 
@@ -31,16 +32,10 @@ def weights_file(path: Path) -> Path:
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     """The tensors in a file, below `state_dict` if it has one, and the file's sha256. A pickle's code never runs."""
-    safe = path.suffix == ".safetensors"
-    try:
-        state: Any = load_file(path) if safe else torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"{path}: not a readable file of plain tensors: {str(error)[:300]}") from error
+    state: Any = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     state = state.get("state_dict", state) if isinstance(state, Mapping) else state
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: not a state dict: it holds something other than named tensors")
     with path.open("rb") as file:
-        return dict(state), hashlib.file_digest(file, "sha256").hexdigest()
+        return check_state(state, path), hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def build(network: type[Any], config: Any, state: Mapping[str, Tensor], source: Path, unused: str) -> Any:
