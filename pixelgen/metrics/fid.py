@@ -6,12 +6,13 @@ uint8 images (B, 3, H, W) to {"pool", "spatial", "logits"}; a figure always belo
 """
 
 import math
+import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from pixelgen.encoders.inception import NAME as INCEPTION
 
 Array = np.ndarray
 Images = Array | Iterable[Array]  # one array of images, or several in turn
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+LARGE, EXPANSION = 2**28, 50  # bytes of an array from which on it may not be more than so many times its file
 ROUNDING = 1e-12  # of |x|²: bounds the error of a float64 squared distance computed as |a|² + |b|² - 2ab
 
 
@@ -105,9 +108,25 @@ def _read_npz(path: str | Path, required: Sequence[str], optional: Sequence[str]
         if missing := [name for name in required if name not in held]:
             raise ValueError(f"lacks {', '.join(missing)}; it holds {', '.join(held) or 'nothing'}")
         for name in {*required, *optional}.intersection(held):
-            with archive.open(f"{name}.npy") as entry:
+            member = archive.getinfo(f"{name}.npy")
+            if member.file_size > max(LARGE, EXPANSION * os.fstat(file.fileno()).st_size):
+                raise ValueError(f"{name} claims {member.file_size:,} bytes, more than {EXPANSION} times the "
+                                 "whole file: an archive bomb")
+            with archive.open(member) as entry:
+                _check_header(entry, name, member.file_size)
+            with archive.open(member) as entry:
                 arrays[name] = np.lib.format.read_array(entry, allow_pickle=False)
     return arrays
+
+
+def _check_header(entry: IO[bytes], name: str, size: int) -> None:
+    """ValueError unless an npy file of `size` bytes is just as long as its header says: memory is taken by that."""
+    version = np.lib.format.read_magic(entry)
+    if version not in HEADERS:
+        raise ValueError(f"{name} is in version {version} of numpy's format; expected 1.0 or 2.0")
+    shape, _, dtype = HEADERS[version](entry)
+    if not dtype.hasobject and entry.tell() + math.prod(shape) * dtype.itemsize != size:  # objects are refused later
+        raise ValueError(f"{name} claims to be {shape} {dtype}, which is not what {size:,} bytes hold")
 
 
 def _check_images(images: Array) -> Array:
