@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
 from pipeline.store import valid_root
 from pixelgen.config import (
@@ -34,6 +35,7 @@ from pixelgen.models import SIZES, TEXT_SIZES, denoiser_config, text_denoiser_co
 from pixelgen.prompts import check_layout
 
 PARAMS, OK = Path("params.yaml"), Path("out/params.ok")
+LARGEST, LONGEST, DEEPEST = 2**18, 3000, 20  # of a YAML file: characters, also of one value, and levels
 NONE = "none"  # in a parameter that names the instance of another stage: there is none
 NOTHING = [Path("out/train") / NONE / "model", Path("out/prompts") / NONE, Path("out/reference") / NONE]
 T = TypeVar("T")
@@ -355,13 +357,29 @@ def read_params(path: Path = PARAMS) -> Params:
 
 
 def read_yaml(path: Path) -> Any:
-    """Plain data from YAML 1.2 (1e-4 is a number, on is text); a duplicate key or a tag is an error."""
+    """Plain data from YAML 1.2 (1e-4 is a number, on is text); a duplicate key, a tag or an alias is an error."""
     try:
-        return YAML(typ="safe", pure=True).load(path.read_text())
+        text = path.read_text("utf-8")
+        check_yaml(text)
+        return YAML(typ="safe", pure=True).load(text)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; run from the top of the repository") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, ValueError) as error:  # ValueError: of a number or a date
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
+
+
+def check_yaml(text: str) -> None:
+    """YAMLError if there is anything in a YAML text that makes more of it than is written there."""
+    if len(text) > LARGEST:
+        raise YAMLError(f"more than {LARGEST:,} characters are no file of parameters")
+    depth = 0
+    for event in YAML(typ="safe", pure=True).parse(text):
+        line = event.start_mark.line + 1
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if getattr(event, "anchor", None) or getattr(event, "ctag", None):
+            raise YAMLError(f"line {line}: no tags (!), anchors (&) or aliases (*): write the value itself")
+        if depth > DEEPEST or len(getattr(event, "value", "")) > LONGEST:
+            raise YAMLError(f"line {line}: more than {DEEPEST} levels, or a value of more than {LONGEST:,} characters")
 
 
 def stage_params(section: dict[str, T], key: str, stage: str) -> T:
