@@ -33,6 +33,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     path = Path(path)
     if path.is_dir():
         files = sorted(path.glob("*.txt"))
+        hidden = [f.name for f in files if f.name.startswith(".")]  # "...txt" would become the folder above
+        require(not hidden, f"{path}: names with a dot in front are no prompts: remove {', '.join(hidden)}")
         require(bool(files), f"{path}: no .txt files: a folder of prompts has one in each")
         return [Prompt(f.stem, text, {"prompt": text}) for f in files for text in [_filled(_read(f).strip(), str(f))]]
     lines = _read(path).splitlines()
@@ -43,10 +45,11 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 
 def _read(path: Path) -> str:
+    require(path.is_file(), f"{path}: no such file of prompts")  # nor a pipe, which might never end
     try:
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file of prompts") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not UTF-8 text") from None
 
@@ -54,7 +57,7 @@ def _read(path: Path) -> str:
 def _metadata(line: str, where: str) -> dict[str, Any]:
     try:
         described = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not JSON: {error}") from None
     if not isinstance(described, dict):
         raise ConfigError(f"{where}: not a JSON object, but {line[:40]!r}")
@@ -63,6 +66,7 @@ def _metadata(line: str, where: str) -> dict[str, Any]:
 
 def _filled(text: Any, where: str) -> str:
     require(isinstance(text, str) and bool(text.strip()), f"{where}: there is no prompt")
+    require(not any("\ud800" <= c <= "\udfff" for c in text), f"{where}: half a character, which JSON can hold")
     return text
 
 

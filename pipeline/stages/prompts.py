@@ -27,7 +27,7 @@ def main() -> None:
         prompts = [{"name": f"{n:05}", **p} for n, p in enumerate(
             p for tag in TAGS for p in scenes.held_out(tag)[:DEMO_PROMPTS])]
     else:
-        prompts = [{"name": p.name, **p.metadata} for p in read_prompts(local(params, out))]
+        prompts = [{**p.metadata, "name": p.name} for p in read_prompts(local(params, out))]
     text = "".join(json.dumps(p) + "\n" for p in prompts)
     (out / "prompts.jsonl").write_text(text)
     Storage(None).publish(out, "prompts", params, prompts=len(prompts))
