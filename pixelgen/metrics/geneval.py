@@ -22,6 +22,7 @@ Colors = Callable[[str, Array], Sequence[str]]  # class, (n, 5) -> the colour of
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
+LARGEST = 4096 * 4096  # pixels of an image; a detector's masks take hundreds of bytes for each
 BACKGROUND = 153  # grey (#999) of what lies outside an object's mask
 
 
@@ -217,7 +218,7 @@ def list_images(directory: Path) -> list[Sample]:
     for folder in folders:
         try:
             prompt = _read_prompt(folder / "metadata.jsonl")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             problems.append(f"{folder.name}/metadata.jsonl: {error}")
             continue
         images = sorted((folder / "samples").glob("*.png"))
@@ -225,7 +226,7 @@ def list_images(directory: Path) -> list[Sample]:
         problems += [] if images else [f"{folder.name}/samples: no image NNNN.png"]
         for image in images:
             try:
-                with Image.open(image, formats=["PNG"]) as opened:
+                with open_image(image) as opened:
                     opened.verify()
             except Exception as error:  # a damaged file can raise anything
                 problems.append(f"{folder.name}/samples/{image.name}: not a readable image: {error}")
@@ -238,13 +239,29 @@ def list_images(directory: Path) -> list[Sample]:
     return samples
 
 
+def open_image(file: Path | io.BytesIO) -> Image.Image:
+    """A PNG, of which no pixel has been decoded yet. ValueError if it has too many."""
+    image = Image.open(file, formats=["PNG"])
+    if image.width * image.height > LARGEST:
+        raise ValueError(f"{image.width}×{image.height} pixels are more than {LARGEST:,}")
+    return image
+
+
 def _read_prompt(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError("no such file")
     prompt = json.loads(path.read_text("utf-8"))
     if not isinstance(prompt, dict) or not all(isinstance(prompt.get(key), str) for key in ("tag", "prompt")):
         raise ValueError("expected an object with a tag and a prompt")
-    wanted = [*prompt.get("include", []), *prompt.get("exclude", [])]
-    if not wanted or not all(isinstance(w, dict) and {"class", "count"} <= w.keys() for w in wanted):
+    include, exclude = prompt.get("include", []), prompt.get("exclude", [])
+    if not isinstance(include, list) or not isinstance(exclude, list) or not include + exclude or not all(
+            isinstance(w, dict) and isinstance(w.get("class"), str) and isinstance(w.get("count"), int)
+            for w in include + exclude):
         raise ValueError("expected what to include, each with a class and a count")
+    for number, wanted in enumerate(include):
+        position = wanted.get("position", ["", -1])
+        if not isinstance(position, list) or len(position) != 2 or position[1] not in range(-1, number):
+            raise ValueError(f"expected a position relative to an object before it, not {position}")
     return prompt
 
 
@@ -252,7 +269,7 @@ def evaluate_image(sample: Sample, detector: Detector, colors: ColorClassifier, 
     """A line of the benchmark's results, and the checksum of the image that it is about."""
     data = sample.path.read_bytes()
     try:
-        image = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data), formats=["PNG"])).convert("RGB"))
+        image = np.asarray(ImageOps.exif_transpose(open_image(io.BytesIO(data))).convert("RGB"))
     except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"{sample.path}: not a readable image: {error}") from error
     verdict = judge_image(image, sample.prompt, detector, colors, rules)
