@@ -7,6 +7,7 @@ differ where ADM's are an accident: transparency is laid on white instead of unc
 
 import contextlib
 import io
+import os
 import warnings
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -26,6 +27,7 @@ def decode(file: BinaryIO, data: DatasetParams) -> Image.Image:
     """The RGB pixels of an encoded image, of any size that `check_size` allows. Rejected or Skipped."""
     with rejecting(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # remarks on metadata, and on sizes within our own limit
+        check_length(file.seek(0, os.SEEK_END), data)  # some decoders read all of it at once
         with Image.open(file, formats=FORMATS) as image:
             check_size(image.width, image.height, data)
             return to_rgb(image)
@@ -36,10 +38,11 @@ def decode_bytes(encoded: bytes, data: DatasetParams) -> Image.Image:
     return decode(io.BytesIO(encoded), data)
 
 
-def largest_file(data: DatasetParams) -> int:
-    """Bytes beyond which a file is not worth reading: 8 a pixel of the largest image, uncompressed 16-bit RGBA, and
-    some for metadata."""
-    return int(data.max_megapixels * 8e6) + 2**20
+def check_length(length: int, data: DatasetParams) -> None:
+    """Rejected if so many bytes are not worth reading: more than 8 a pixel of the largest image, uncompressed 16-bit
+    RGBA, and some for metadata."""
+    if length > int(data.max_megapixels * 8e6) + 2**20:
+        raise Rejected(f"too large: an image of {length:,} bytes for {data.max_megapixels} Mpx")
 
 
 @contextlib.contextmanager

@@ -16,13 +16,19 @@ from pipeline.datasets import DatasetError, Item, Rejected, Task
 
 def files_below(folder: str | Path) -> Iterator[os.DirEntry]:
     """Everything below `folder` but folders, in order of name."""
-    with os.scandir(folder) as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
-    for entry in found:
+    waiting = entries_of(folder)
+    while waiting:
+        entry = waiting.pop()
         if entry.is_dir(follow_symlinks=False):
-            yield from files_below(entry.path)
+            waiting += entries_of(entry.path)
         else:
             yield entry
+
+
+def entries_of(folder: str | Path) -> list[os.DirEntry]:
+    """In reverse order of name."""
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name, reverse=True)
 
 
 def make_item(entry: os.DirEntry, root: str, label: int | None, split: str) -> Item:

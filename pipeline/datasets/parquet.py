@@ -6,6 +6,7 @@ a thousand images. The key of a row is its number in the file.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -45,8 +46,14 @@ def tasks(data: DatasetParams, source: SourceParams) -> tuple[None, list[Task]]:
 
 
 def open_table(file: BinaryIO) -> Any:
-    """Column chunks are read piece by piece: one may hold gigabytes of images."""
-    return pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
+    """Column chunks are read piece by piece: one may hold gigabytes of images. Rejected if there cannot be so many
+    rows in a file of this size."""
+    table = pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
+    rows = [table.metadata.row_group(n).num_rows for n in range(table.num_row_groups)]
+    size = file.seek(0, os.SEEK_END)
+    if min(rows, default=0) < 0 or sum(rows) != table.metadata.num_rows or sum(rows) > size:
+        raise Rejected(f"claims {table.metadata.num_rows:,} rows in {size:,} bytes")
+    return table
 
 
 def check_columns(path: str, schema: Any, source: SourceParams) -> None:

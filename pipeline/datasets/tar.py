@@ -8,6 +8,8 @@ from typing import BinaryIO
 
 from pipeline.datasets import Rejected
 
+LARGEST_HEADER = 2**20  # bytes; of a long name or extended header
+
 
 @dataclass(frozen=True, slots=True)
 class Member:
@@ -19,12 +21,26 @@ class Member:
     refused: str | None = None  # why it cannot be used
 
 
+class Headers:
+    """What of a tar the search for its members may read: a header names its own size, which it may claim to be any."""
+
+    name, mode = "", "rb"
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if size > LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self.file.read(size)
+
+
 def members(file: BinaryIO) -> Iterator[Member]:
     """Everything in a tar but folders, and at the end a nameless one if it is damaged or cut. Rejected if it is no tar.
     `file` may be moved meanwhile: tarfile seeks before it reads."""
     file.seek(0)
     try:
-        tar = tarfile.TarFile(fileobj=file)
+        tar = tarfile.TarFile(fileobj=Headers(file))  # type: ignore[arg-type]
     except Exception as error:  # of a damaged header it may raise anything
         raise Rejected(f"not a tar, or a compressed one: {error}") from None
     place = -1

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from pipeline.datasets import DatasetError, Load, Rejected, Sample, Task, refuse
 from pipeline.datasets.captions import LARGEST_TEXT, clean_captions
-from pipeline.datasets.decoding import IMAGE_ENDINGS, decode_bytes, largest_file, rejecting
+from pipeline.datasets.decoding import IMAGE_ENDINGS, check_length, decode_bytes, rejecting
 from pipeline.datasets.files import containers, open_item, split_of
 from pipeline.datasets.tar import members
 from pipeline.params import DatasetParams, SourceParams
@@ -68,8 +68,7 @@ def load(file: BinaryIO, parts: Parts, split: str, data: DatasetParams, source: 
     with rejecting():
         if IMAGE not in parts:
             raise Rejected("no image")
-        if parts[IMAGE][1] > largest_file(data):
-            raise Rejected(f"too large: an image of {parts[IMAGE][1]:,} bytes for {data.max_megapixels} Mpx")
+        check_length(parts[IMAGE][1], data)
         image = read_part(file, parts[IMAGE])
         captions, cut = clean_captions([read_part(file, parts[column], LARGEST_TEXT + 1) if column in parts else None
                                         for column in source.captions])
