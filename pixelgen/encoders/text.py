@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 
@@ -13,6 +14,7 @@ def load_text_encoder(directory: str | Path, length: int, device: str | torch.de
     """The encoder and its tokenizer in `directory`, as transformers' `save_pretrained` writes them.
 
     Any model of `AutoModel` will do; the paper's is `Qwen/Qwen3-1.7B`, in bf16. FileNotFoundError if there is none.
+    No code that comes with them is run.
     """
     from transformers import AutoModel, AutoTokenizer  # slow to import; only text needs it
 
@@ -21,9 +23,12 @@ def load_text_encoder(directory: str | Path, length: int, device: str | torch.de
                                 "model and tokenizer, such as a copy of Qwen/Qwen3-1.7B")
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False,
                                               padding_side="right")
-    network = AutoModel.from_pretrained(directory, local_files_only=True, trust_remote_code=False,
-                                        use_safetensors=True,
-                                        dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    try:
+        network = AutoModel.from_pretrained(directory, local_files_only=True, trust_remote_code=False,
+                                            use_safetensors=True,
+                                            dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    except SafetensorError as error:
+        raise ValueError(f"{directory}: its weights cannot be read as safetensors: {error}") from error
     return TextEncoder(tokenizer, network.to(device), length)
 
 
