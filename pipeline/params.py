@@ -35,7 +35,7 @@ from pixelgen.models import SIZES, TEXT_SIZES, denoiser_config, text_denoiser_co
 from pixelgen.prompts import check_layout
 
 PARAMS, OK = Path("params.yaml"), Path("out/params.ok")
-LARGEST, LONGEST, DEEPEST = 2**18, 3000, 20  # of a YAML file: characters, also of one value, and levels
+LARGEST, LONGEST, DEEPEST = 2**16, 3000, 20  # of a YAML file: characters, also of one value, and levels
 NONE = "none"  # in a parameter that names the instance of another stage: there is none
 NOTHING = [Path("out/train") / NONE / "model", Path("out/prompts") / NONE, Path("out/reference") / NONE]
 T = TypeVar("T")
