@@ -231,10 +231,14 @@ def read_manifest(directory: Path, kind: str | None) -> dict[str, Any]:
     if not isinstance(manifest, dict) or not valid(manifest) or kind not in (None, manifest["kind"]):
         raise StorageError(f"{path} does not describe a {kind or 'finished output'}: delete {directory} and run "
                            "`dvc repro`")
-    for entry in manifest["files"]:
-        inside = PurePosixPath(entry["path"])
-        if inside.is_absolute() or ".." in inside.parts or "\\" in entry["path"] or "\0" in entry["path"]:
-            raise StorageError(f"{path} names a file outside its directory: {entry['path']!r}")
+    names = [entry["path"] for entry in manifest["files"]]
+    for name in names:
+        inside = PurePosixPath(name)
+        if inside.as_posix() != name or inside.is_absolute() or {"", ".", ".."} & {name, *inside.parts} or \
+                {*name} & {"\\", "\0"}:
+            raise StorageError(f"{path} names a file outside its directory: {name!r}")
+    if len({*names}) < len(names):
+        raise StorageError(f"{path} names a file twice: {max(names, key=names.count)!r}")
     return manifest
 
 
@@ -243,8 +247,8 @@ def valid(manifest: dict[str, Any]) -> bool:
     files, root = manifest.get("files"), manifest.get("root", "")
     return (isinstance(manifest.get("kind"), str) and (root is None or (isinstance(root, str) and root != ""))
             and isinstance(files, list) and all(
-                isinstance(f, dict) and isinstance(f.get("path"), str) and f["path"] not in ("", ".")
-                and isinstance(f.get("size"), int) and isinstance(f.get("sha256"), str)
+                isinstance(f, dict) and isinstance(f.get("path"), str)
+                and type(f.get("size")) is int and f["size"] >= 0 and isinstance(f.get("sha256"), str)
                 and re.fullmatch(r"[0-9a-f]{64}", f["sha256"]) for f in files))
 
 

