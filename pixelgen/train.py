@@ -188,7 +188,7 @@ def fit(state: TrainState, batches: Iterator[Sequence[LaneBatch]], objective: Ob
     if config.compile:
         state.model.denoiser.compile()
     if world_size() > 1:
-        model = DistributedDataParallel(state.model)
+        model = DistributedDataParallel(state.model, broadcast_buffers=False)  # they are tables that never change
     started, first = time.perf_counter(), state.step
     for lanes in batches:
         assert all(b.step == state.step for b in lanes), f"batches out of step {state.step}: {[b.step for b in lanes]}"
