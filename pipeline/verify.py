@@ -101,7 +101,8 @@ def remote(root: str, manifests: dict[str, dict[str, Any]], found: Found, sizes:
     states: dict[str, list[datetime.datetime]] = {}
     reported: set[str] = set()  # of unfinished shard stages: their shards have arrived, their manifest has not
     for name, (_, touched) in store.listing("runs/").items():
-        states.setdefault("/".join(name.split("/")[:3]), []).append(touched)
+        if run := re.match(r"runs/[^/]+@[^/]+/[0-9a-f]{16}(?=/)", name):  # others make markers of folders, like runs/
+            states.setdefault(run[0], []).append(touched)
         if "/reports/" in name:
             reported |= {object_name(h) for h in re.findall(r"\b[0-9a-f]{64}\b", store.read(name).decode())}
     found.orphans |= {f"{root}/{run}": max(touched) for run, touched in states.items() if run not in runs}

@@ -290,6 +290,8 @@ def test_verify_finds_orphans_and_prunes_only_old_ones(root, published, monkeypa
     store.write(storage_module.object_name("cd" * 32), b"nobody's")
     store.write(f"runs/train@c/{run}/curve.csv", b"of the model")
     store.write("runs/train@c/fedcba9876543210/curve.csv", b"of a run that was given up")
+    for marker in ("runs/", "runs/train@c/"):  # which pyarrow leaves, and which must not stand for all below
+        store.write(marker, b"")
     Path("runs/sample@c/fedcba9876543210").mkdir(parents=True)
     found = verify_module.verify(Storage(root))
     gone = [f"{root}/runs/train@c/fedcba9876543210", f"{root}/objects/cd/{'cd' * 32}", f"{root}/runs/shard@d/{run}",

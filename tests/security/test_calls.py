@@ -21,7 +21,8 @@ READ = {  # file -> its calls of readers
     "pixelgen/encoders/text.py": {
         "AutoModel.from_pretrained(directory, …)", "AutoTokenizer.from_pretrained(directory, …)"},
     "pixelgen/cli.py": {"PixelGen.from_pretrained(args.model, …)"},
-    "pipeline/stages/sample.py": {"PixelGen.from_pretrained(model, …)", "np.load(p.path, allow_pickle=False)"},
+    "pipeline/stages/sample.py": {"PixelGen.from_pretrained(model.local(), …)",
+                                  "np.load(io.BytesIO(read_sealed(state, part.name)), allow_pickle=False)"},
     "pipeline/stages/evaluate.py": {"np.load(folder / 'labels.npy', allow_pickle=False)"},
     "pipeline/stages/shard.py": {"pickle.loads(row['job'])"},  # the driver hands jobs to Ray tasks of its own
     "pipeline/stages/weights.py": {"Qwen2Tokenizer.from_pretrained(out)",  # what has just been made
