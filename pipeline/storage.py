@@ -29,6 +29,7 @@ MANIFEST = "manifest.json"
 MANIFESTS, OBJECTS = "manifests", "objects"  # under the root
 CACHE = Path("runs/cache")  # of this machine: files of artifacts that lie under a root; may be deleted at any time
 TRANSFERS = 8  # at a time
+LEAST_FREE = 0.5e9  # bytes of the working directory's disk; stages that know what they need ask for that
 LISTED = 100  # files from which on one listing of what is there takes the place of a question for each
 VERSIONS = ("pixelgen", "torch", "ray", "numpy", "pillow", "timm", "lpips", "torch-fidelity")
 
@@ -121,7 +122,10 @@ class Storage:
         return open_store("/".join([self.root, *directory.parts[-3:]]))  # runs/stage@key/fingerprint
 
     def check(self) -> None:
-        """StorageError, before any work, if nothing can be stored under the root."""
+        """StorageError, before any work, if nothing can be stored: too little room here, or a root out of reach."""
+        if (free := shutil.disk_usage(Path.cwd()).free) < LEAST_FREE:
+            raise StorageError(f"{Path.cwd()}: {free / 1e9:.2f} GB are free on this disk, too little to work with: "
+                               f"make room for {LEAST_FREE / 1e9:.1f} GB at least")
         if self.root:
             print(preflight(self.root), flush=True)
 

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,6 +84,13 @@ def test_a_manifest_cannot_point_out_of_its_directory(finished, path):
     (finished / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(StorageError, match="names a file outside"):
         read_manifest(finished, "dataset")
+
+
+def test_too_little_room_is_noticed_before_any_work(monkeypatch):
+    Storage(None).check()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0.4e9))
+    with pytest.raises(StorageError, match=r"0\.40 GB are free on this disk.*make room for 0\.5 GB"):
+        Storage(None).check()
 
 
 def test_a_fresh_directory_is_empty(finished):
