@@ -3,9 +3,7 @@
 The tests go through one workspace in order, as a user would.
 """
 
-import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -16,15 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from ruamel.yaml import YAML
 from safetensors.numpy import load_file
 
 from pixelgen.cli import main
 from pixelgen.metrics.geneval import list_images
+from tests.e2e.workspace import digest, dvc, edit, environment, make, yaml
 
-ROOT = Path(__file__).parents[2]
 JUDGED = ("sample@geneval", "evaluate@geneval", "report")
-yaml = YAML()
 
 
 def tiny(params):
@@ -48,37 +44,7 @@ def tiny(params):
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    path = tmp_path_factory.mktemp("workspace")
-    for name in ("pixelgen", "pipeline", "clusters", "dvc.yaml", "params.yaml", ".dvcignore", ".gitignore",
-                 ".dvc/config"):
-        target = path / name
-        target.parent.mkdir(exist_ok=True)
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copyfile(ROOT / name, target)
-    (path / "README.md").write_text("a readme\n")
-    subprocess.run(["git", "init", "-q"], cwd=path, check=True)
-    edit(path, tiny)
-    return path
-
-
-def edit(workspace, change):
-    data = yaml.load(workspace / "params.yaml")
-    change(data)
-    yaml.dump(data, workspace / "params.yaml")
-
-
-def environment(workspace):
-    paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
-    return {**os.environ, "PATH": os.pathsep.join(paths), "PYTHONPATH": str(workspace)}
-
-
-def dvc(workspace, *arguments, check=True):
-    done = subprocess.run(["dvc", *arguments], cwd=workspace, env=environment(workspace), text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert not check or done.returncode == 0, done.stdout
-    return done.stdout
+    return make(tmp_path_factory.mktemp("workspace"), tiny)
 
 
 def changed(workspace):
@@ -98,10 +64,6 @@ def changed(workspace):
             for dep in paths([name], "deps") for out in paths(found, "outs"))}:
         found |= more
     return found
-
-
-def digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_a_mistake_in_params_stops_before_any_work(workspace):
