@@ -4,10 +4,12 @@
 reruns nothing.
 """
 
+import functools
 import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.params import read_yaml
+from pipeline.store import StorageError
 from pixelgen.config import ConfigError, choose, load, require
 
 CLUSTERS = Path("clusters")
@@ -121,16 +124,32 @@ def work_through(parts: list[dict[str, Any]], make: Callable[..., Callable[[dict
         done = rows.map(Worker, fn_constructor_args=(make, arguments),
                         compute=data.ActorPoolStrategy(size=min(cluster.workers, len(parts))),
                         num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)
-        for _ in tqdm(done.iter_rows(), desc=what, unit="part", total=len(parts)):
-            pass
+        for row in tqdm(done.iter_rows(), desc=what, unit="part", total=len(parts)):
+            check(row)
 
 
 class Worker:
     """A Ray Data actor of `work_through`."""
 
     def __init__(self, make: Callable[..., Callable[[dict[str, Any]], None]], arguments: tuple):
-        self.work = make(*arguments)
+        self.make = functools.cache(lambda: make(*arguments))  # with the first part, so that `attempt` covers it
 
     def __call__(self, row: dict[str, str]) -> dict[str, str]:
-        self.work(json.loads(row["part"]))
-        return row
+        return attempt(lambda: self.make()(json.loads(row["part"])))
+
+
+def attempt(work: Callable[[], object]) -> dict[str, str]:
+    """Do some work for Ray Data -> a row that says what stopped it, for `check`. As data, since out of an exception
+    Ray Data makes pages, and loses what it was; the traceback goes to Ray's logs."""
+    try:
+        work()
+    except (StorageError, ValueError) as error:
+        traceback.print_exc()
+        return {"stopped": str(error)}
+    return {"stopped": ""}
+
+
+def check(row: dict[str, str]) -> None:
+    """StorageError if that is how an `attempt` ended."""
+    if row["stopped"]:
+        raise StorageError(row["stopped"])

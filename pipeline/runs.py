@@ -19,7 +19,7 @@ import psutil
 
 from pipeline.params import fingerprint, read_yaml
 from pipeline.storage import sha256
-from pipeline.store import StorageError
+from pipeline.store import StorageError, on_disk
 from pixelgen.config import ConfigError
 
 RUNS = Path("runs")
@@ -117,8 +117,30 @@ def _stop(pid: int) -> None:
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage's main; a mistake of the user ends it with one clear line instead of a traceback."""
+    """Run a stage's main; a mistake of the user, or storage or Ray that fails, ends it with one clear line instead of a
+    traceback, also where a worker of Ray Train has met it. The worker's traceback is in Ray's logs."""
     try:
-        main()
-    except (ConfigError, StorageError, ValueError) as error:
-        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
+        with on_disk(Path.cwd()):
+            main()
+    except Exception as error:
+        stage, found = Path(sys.argv[0]).stem, [*origins(error)]
+        for origin in found:
+            if isinstance(origin, (ConfigError, StorageError, ValueError)):
+                sys.exit(f"{stage}: {origin}")
+        for origin in found:
+            # Ray Data's UserCodeException stands for a bug of ours: it needs its traceback
+            if type(origin).__module__.startswith("ray.") and type(origin).__name__ != "UserCodeException":
+                summary = str(origin).partition("\n")[0]
+                sys.exit(f"{stage}: Ray has failed: {summary} Run `dvc repro` again: finished work is kept")
+        raise
+
+
+def origins(error: BaseException) -> Iterator[BaseException]:
+    """What an exception was where it was raised: Ray wraps it in some of its own on the way, one for all workers."""
+    inner = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None),
+             getattr(error, "cause", None)]
+    wrapped = [e for e in inner if isinstance(e, BaseException)]
+    for e in wrapped:
+        yield from origins(e)
+    if not wrapped:
+        yield error

@@ -7,6 +7,7 @@ and endpoint come from the standard AWS environment and configuration files, and
 import base64
 import contextlib
 import datetime
+import errno
 import functools
 import hashlib
 import io
@@ -35,6 +36,14 @@ REMEDIES = {
     "InvalidToken": "the credentials are not valid there: check AWS_SESSION_TOKEN",
     "RequestTimeTooSkewed": "the clock of this machine is wrong: synchronise it",
     "SlowDown": f"it stayed overloaded for {ATTEMPTS} attempts: run again later, finished work is kept",
+}
+
+DISK_REMEDIES = {
+    errno.ENOSPC: "make room on this disk",
+    errno.EDQUOT: "make room within your quota on this disk",
+    errno.EROFS: "make this file system writable",
+    errno.EACCES: "let this user write there",
+    errno.EIO: "the disk fails: look at the kernel's log",
 }
 
 
@@ -82,7 +91,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     """A reader sees the old file or the whole new one, and the new one survives a power cut."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # no other writer has the same
     try:
-        with open(partial, "wb") as file:
+        with on_disk(path), open(partial, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -90,6 +99,28 @@ def write_atomic(path: Path, data: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def on_disk(path: Path) -> Iterator[None]:
+    """What the disk refuses to whoever writes to `path`, as a StorageError that names it and the remedy."""
+    try:
+        yield
+    except Exception as error:
+        code = refusal(error)
+        if code is None:
+            raise
+        raise StorageError(f"{getattr(error, 'filename', None) or path}: {os.strerror(code)}: {DISK_REMEDIES[code]}, "
+                           "then run `dvc repro` again: finished work is kept") from error
+
+
+def refusal(error: BaseException) -> int | None:
+    """The error number with which a disk has refused; None if that is not what went wrong. torch's writer raises an
+    error of its own after the system's, safetensors has the number in its text."""
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    system = error if isinstance(error, OSError) else error.__context__
+    code = int(told[1]) if told else system.errno if isinstance(system, OSError) else None
+    return code if code in DISK_REMEDIES else None
 
 
 @dataclass(frozen=True)
@@ -169,7 +200,7 @@ class S3Store:
     def fetch(self, name: str, target: Path) -> None:
         partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
         try:
-            with open(partial, "wb") as file:
+            with on_disk(target), open(partial, "wb") as file:
                 self._stream(name, file)
             os.replace(partial, target)
         finally:

@@ -32,11 +32,15 @@ class CheckpointError(ValueError):
 def save_state(content: Mapping[str, Any], path: Path) -> None:
     """Write what `TrainState.state_dict` gives so that a reader sees a whole file or none."""
     partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)  # on a full disk it would take the room that is left
+        raise
 
 
 def load_state(state: TrainState, path: Path) -> None:

@@ -23,7 +23,7 @@ from pipeline.cluster import Cluster, connect, read_cluster
 from pipeline.params import NONE, TrainParams, read_params, stage_params
 from pipeline.runs import lease, run_directory, run_stage
 from pipeline.storage import Artifact, Storage, fresh_directory
-from pipeline.store import LocalStore, S3Store, StorageError, Store, write_atomic
+from pipeline.store import LocalStore, S3Store, StorageError, Store, on_disk, write_atomic
 from pixelgen.checkpoint import export, load_state, read_state, start_from
 from pixelgen.config import CHANGEABLE, ConfigError, DenoiserConfig, ObjectiveConfig, require
 from pixelgen.encoders.dino import load_dino
@@ -163,7 +163,8 @@ def train_rank(config: dict[str, Run]) -> None:
     state = create_state(params.denoiser.resolve(), objective, params.optimizer, params.fit.seed, device)
     run.directory.mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        with lease(run.directory / "writer.lease", patience=120):  # a killed run's rank 0 may take seconds to die
+        # a killed run's rank 0 may take seconds to die
+        with lease(run.directory / "writer.lease", patience=120), on_disk(run.directory):
             fit_rank(run, state, objective, text, lanes, device, writes=True)
     else:
         fit_rank(run, state, objective, text, lanes, device, writes=False)

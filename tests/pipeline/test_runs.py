@@ -8,6 +8,8 @@ import time
 
 import psutil
 import pytest
+from ray.exceptions import ActorDiedError, RayTaskError, UserCodeException
+from ray.train import WorkerGroupError
 
 from pipeline import runs
 from pipeline.store import StorageError
@@ -101,3 +103,41 @@ def test_the_supervisor_is_the_dvc_above(tmp_path):
     done = subprocess.run([sys.executable, str(tmp_path / "dvc")], stdout=subprocess.PIPE, text=True, check=True)
     dvc, found = done.stdout.splitlines()
     assert found.split()[0] == dvc
+
+
+def task_error(cause):
+    return RayTaskError("load_window", "Traceback ...", cause).as_instanceof_cause()
+
+
+@pytest.mark.parametrize(("error", "line"), [
+    (StorageError("no bucket"), "stage: no bucket"),
+    (task_error(StorageError("no bucket")), "stage: no bucket"),
+    (WorkerGroupError("...", {0: RuntimeError("connection closed by peer"), 1: task_error(StorageError("no bucket"))}),
+     "stage: no bucket"),
+    (WorkerGroupError("...", {0: RuntimeError("closed by peer"), 1: ActorDiedError()}),
+     "stage: Ray has failed: The actor died unexpectedly before finishing this task. Run `dvc repro` again: finished "
+     "work is kept"),
+    (OSError(28, "No space left on device", "shard.parquet"),
+     "stage: shard.parquet: No space left on device: make room on this disk, then run `dvc repro` again: finished work "
+     "is kept"),
+])
+def test_a_stage_ends_with_one_line_whatever_ray_has_wrapped_it_in(monkeypatch, error, line):
+    monkeypatch.setattr(sys, "argv", ["stages/stage.py"])
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        runs.run_stage(main)
+    assert ended.value.code == line
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), WorkerGroupError("...", {0: RuntimeError("a bug")}),
+                                   task_error(UserCodeException("a bug")), FileNotFoundError(2, "not there", "x")])
+def test_a_bug_keeps_its_traceback(error):
+    def main():
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        runs.run_stage(main)
+    assert raised.value is error

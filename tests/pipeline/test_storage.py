@@ -105,6 +105,6 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StorageError, match="a.json: No space left on device: make room on this disk"):
         storage.write_json(tmp_path / "a.json", [2])
     assert json.loads((tmp_path / "a.json").read_text()) == [1]
