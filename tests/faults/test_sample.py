@@ -1,0 +1,84 @@
+"""Faults while images are drawn, one after another in the life of one run."""
+
+import contextlib
+import re
+
+import psutil
+import pytest
+
+from tests.faults.table import fault
+from tests.faults.workspace import PATIENCE, UNFILLED, fill, flip, make_room, mounted
+
+DVC = ["dvc", "repro", "--single-item", "sample@c2i"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def from_nothing(workspace):
+    workspace.forget("sample")
+    yield
+    workspace.restore("sample")
+
+
+def parts(workspace):
+    return sorted(workspace.path.glob("runs/sample@c2i/*/part-*.npy"))
+
+
+def more(workspace):
+    before = len(parts(workspace))
+    return lambda: len(parts(workspace)) > before
+
+
+@fault("two `dvc repro` at once", "sample", "the second names the first, and ends")
+@fault("kill -9 of `dvc repro`", "sample", "the next one stops the stage that was left over, and goes on")
+@fault("the disk is full", "sample", "one line names the file and says to make room; started again, it goes on")
+@fault("kill -9 of an actor", "sample", "Ray Data does its part again")
+@fault("a flipped bit in a finished part", "sample", "one line names it; started again, it alone is redone")
+def test_sample(workspace, fillable, identical):
+    runs = workspace.path / "runs/sample@c2i"
+    with contextlib.ExitStack() as stack:
+        if fillable:
+            stack.enter_context(mounted(runs, "size=2g"))
+        first = stack.enter_context(workspace.started(DVC))
+        first.until(more(workspace))
+        with suspended(first.ray("MapWorker")), workspace.started(DVC) as second:  # the first is still at work
+            assert second.wait() != 0
+            assert f"(PID {first.popen.pid})" in second.printed()
+            left = first.tree()
+            first.popen.kill()
+            first.popen.wait()
+        assert len(parts(workspace)) < 10, "killed too late to show anything"
+        with workspace.started(DVC) as third:
+            third.until(lambda: "left over from an interrupted run" in third.printed())
+            assert not psutil.wait_procs(left, PATIENCE)[1]
+            if fillable:
+                fill(runs)
+                assert third.wait() != 0
+                told = rf"sample: {runs}/.*No space left on device: make room"
+                assert re.search(told, third.printed())
+                make_room(runs)
+    with workspace.started(workspace.call("sample")) as process:
+        process.until(more(workspace))
+        process.ray("MapWorker")[0].kill()
+        assert process.wait() == 0, process.printed()
+    files = workspace.same("sample")
+    flip(parts(workspace)[3])
+    assert "part-000003.npy of" in (line := workspace.refused("sample")) and "redo it alone" in line
+    assert len(parts(workspace)) == 9
+    workspace.finish("sample")
+    assert workspace.same("sample") == files
+    if not fillable:
+        pytest.skip(UNFILLED)
+    for _ in range(5):
+        identical(f"{files} files")
+
+
+@contextlib.contextmanager
+def suspended(processes):
+    """Processes that do nothing meanwhile."""
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()

@@ -1,0 +1,89 @@
+"""Faults in the middle of training. The tests take one run from its first step to its last, each where the one before
+has left it: whatever checkpoint they find has to be the one of the undisturbed run."""
+
+import contextlib
+import signal
+
+import pytest
+
+from tests.faults.checkpoints import newer, newest, rank_0, same_checkpoints
+from tests.faults.table import fault
+from tests.faults.workspace import UNFILLED, fill, flip, make_room, mounted
+
+
+@pytest.fixture(scope="module", autouse=True)
+def from_nothing(workspace):
+    workspace.forget("train")
+    yield
+    workspace.restore("train")
+
+
+@fault("the stage is started twice", "train", "the second says which process holds the run, and ends")
+@fault("kill -9 of rank 1", "train", "Ray Train starts the ranks anew, from the newest checkpoint")
+@fault("kill -9 of rank 0, which writes", "train", "the same")
+@fault("the disk is full", "train", "one line names the file and says to make room; started again, it goes on")
+def test_ranks_are_killed_and_the_disk_gets_full(workspace, fillable, identical):
+    runs = workspace.path / "runs"
+    with (mounted(runs, "size=2g") if fillable else contextlib.nullcontext(),
+          workspace.started(workspace.call("train")) as process):
+        process.until(lambda: [*workspace.path.glob("runs/train@*/*/driver.lease")])
+        process.until(lambda: (workspace.run_directory("train") / "driver.lease").read_text())
+        assert f"in use by process {process.popen.pid}: wait for it" in workspace.refused("train")
+        process.until(newer(workspace, than=0))
+        identical(same_checkpoints(workspace))
+        for victim in (False, True):
+            before, writer = newest(workspace), rank_0(workspace)
+            (killed,) = (p for p in process.ray("RayTrainWorker") if (p.pid == writer) == victim)
+            killed.kill()
+            process.until(newer(workspace, than=before))
+            assert rank_0(workspace) != writer
+            identical(same_checkpoints(workspace))
+        if not fillable:
+            pytest.skip(UNFILLED)
+        fill(runs)
+        assert process.wait() == 1, process.printed()
+        line = process.last_line("train")
+        assert f"{workspace.run_directory('train')}" in line and "No space left on device: make room" in line
+        make_room(runs)
+        identical(same_checkpoints(workspace))
+
+
+@fault("SIGTERM, as before a machine is taken away", "train", "the step is saved; exit status 143, one line says so")
+def test_sigterm(workspace, identical):
+    before = newest(workspace)
+    with workspace.started(workspace.call("train")) as process:
+        process.until(newer(workspace, than=before))
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.wait() == 128 + signal.SIGTERM, process.printed()
+        line = process.printed().rstrip().splitlines()[-1]
+        assert line == f"stopped at step {newest(workspace)}, which is saved: `dvc repro` goes on from there"
+    identical("the state")
+
+
+@fault("kill -9 of Ray Train's controller", "train", "one line says that Ray has failed; started again, it goes on")
+@fault("a flipped bit in the newest checkpoint", "train", "it is put aside, training goes on from the one before")
+def test_the_controller_is_killed_and_a_checkpoint_damaged(workspace, identical):
+    before = newest(workspace)
+    with workspace.started(workspace.call("train")) as process:
+        process.until(newer(workspace, than=before))
+        (controller,) = process.ray("TrainController")
+        controller.kill()
+        assert process.wait() == 1, process.printed()
+        assert "Ray has failed" in process.last_line("train")
+    identical(same_checkpoints(workspace))
+    damaged = workspace.run_directory("train") / f"checkpoints/step-{newest(workspace):08}.pt"
+    flip(damaged)
+    with workspace.started(workspace.call("train")) as process:
+        process.until(lambda: damaged.with_suffix(".damaged").exists())
+        process.until(newer(workspace, than=before))
+        identical(same_checkpoints(workspace))
+        process.kill()
+
+
+@fault("kill -9 of the stage", "train", "started again, it goes on from the newest checkpoint")
+def test_the_stage_is_killed(workspace, identical):
+    """The test before has killed it."""
+    assert newest(workspace) < 48, "killed too late to show anything"
+    workspace.finish("train")
+    same_checkpoints(workspace)
+    identical(f"{workspace.same('train')} files")

@@ -1,0 +1,238 @@
+"""One small workspace in which every stage has run undisturbed, and ways to disturb a stage and compare what it makes.
+
+Only the branch of digits: weights, shard, reference, train, sample, evaluate.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.e2e.workspace import digest, environment, make
+
+STAGES = {"weights": [], "shard": ["digits"], "reference": ["digits"], "train": ["c2i"], "sample": ["c2i"],
+          "evaluate": ["fid"]}  # with what they are called on, in the order of the workflow
+UNFILLED = "the disk could not be made full: mounting a file system is not permitted here"
+PATIENCE = 400  # seconds that a busy machine may take for anything
+
+
+def tiny(params):
+    for section in ("datasets", "train", "prompts", "sample", "evaluate"):
+        params[section] = {k: v for k, v in params[section].items() if k in ("digits", "c2i", "fid")}
+    params["weights"]["networks"] = ["dino", "lpips", "digits"]
+    c2i = params["train"]["c2i"]
+    c2i["fit"] |= {"steps": 48, "batch_size": 16, "checkpoint_every": 3, "keep_every": 3, "log_every": 2,
+                   "grid_every": 24}  # checkpoints stay, so that each can be compared
+    c2i["grid_sampler"]["steps"] = 2
+    params["sample"]["c2i"] |= {"per_prompt": 4, "part_size": 4}
+    params["sample"]["c2i"]["sampler"] |= {"name": "euler", "steps": 3}
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """`path` is where faults happen; `kept` holds what the undisturbed stages made."""
+
+    path: Path
+    kept: Path
+
+    def run_directory(self, stage):
+        """The one of a stage that has been started."""
+        (found,) = self.path.glob(f"runs/{stage}@*/*/")
+        return found
+
+    def out(self, stage):
+        return self.path / "out" / stage / "/".join(STAGES[stage])
+
+    def forget(self, stage):
+        """Let a stage be as if it had never run."""
+        for path in (self.out(stage), *self.path.glob(f"runs/{stage}@*")):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def restore(self, stage):
+        """The undisturbed outputs of a stage and its run directory."""
+        self.forget(stage)
+        for path in (self.out(stage), *(self.path / p.relative_to(self.kept) for p in
+                                        self.kept.glob(f"runs/{stage}@*"))):
+            shutil.copytree(self.kept / path.relative_to(self.path), path)
+
+    def call(self, stage):
+        return [sys.executable, "-m", f"pipeline.stages.{stage}", *STAGES[stage]]
+
+    def finish(self, stage):
+        """Run a stage to its end -> what it printed."""
+        with self.started(self.call(stage)) as process:
+            assert process.wait() == 0, process.printed()
+            return process.printed()
+
+    def refused(self, stage, cluster="local"):
+        """Run a stage that has to stop with one line of its own -> that line."""
+        with self.started(self.call(stage), cluster) as process:
+            assert process.wait() == 1, process.printed()
+            return process.last_line(stage)
+
+    @contextlib.contextmanager
+    def started(self, command, cluster="local"):
+        """A running command; whatever is left of it and its children at the end is killed."""
+        log = self.path / f"printed-{time.monotonic_ns()}"
+        with open(log, "wb") as file:
+            popen = psutil.Popen(command, cwd=self.path, env=environment(self.path) | {"PIXELGEN_CLUSTER": cluster},
+                                 stdout=file, stderr=subprocess.STDOUT)
+        process = Process(popen, log)
+        try:
+            yield process
+        finally:
+            left = [*process.tree(), popen]
+            for one in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+            psutil.wait_procs(left, PATIENCE)
+
+    def outputs(self, root, stage):
+        """What a stage publishes: sha256 by path; of the curve, all but the images per second."""
+        found = {}
+        for path in sorted((root / self.out(stage).relative_to(self.path)).rglob("*")):
+            if path.name == "curve.csv":
+                found[path.name] = [line.rsplit(",", 1)[0] for line in path.read_text().splitlines()]
+            elif path.is_file():
+                found[path.relative_to(root).as_posix()] = digest(path)
+        if stage == "evaluate":
+            found["metrics"] = (root / "metrics/fid.json").read_text()
+        return found
+
+    def same(self, stage):
+        """The number of files that a stage has published, all of them the undisturbed ones."""
+        expected = self.outputs(self.kept, stage)
+        assert self.outputs(self.path, stage) == expected
+        return len(expected)
+
+
+@dataclass(frozen=True)
+class Process:
+    """A started command, and what it has printed."""
+
+    popen: psutil.Popen
+    log: Path
+
+    def printed(self):
+        return self.log.read_text(errors="replace").replace("\r", "\n")
+
+    def wait(self):
+        """The exit status."""
+        return self.popen.wait(PATIENCE)
+
+    def last_line(self, stage):
+        """What a stage has ended with: a line of its own after no traceback."""
+        printed = self.printed()
+        line = printed.rstrip().splitlines()[-1]
+        assert "Traceback" not in printed and line.startswith(f"{stage}: "), printed
+        return line
+
+    def tree(self):
+        try:
+            return self.popen.children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def ray(self, title):
+        """Processes of this command's Ray whose title begins so."""
+        found = []
+        for one in self.tree():
+            with contextlib.suppress(psutil.Error):
+                if " ".join(one.cmdline()).startswith(f"ray::{title}"):
+                    found.append(one)
+        return found
+
+    def until(self, condition):
+        """Wait for what `condition` tells, and return it; the command has to be alive until then."""
+        deadline = time.monotonic() + PATIENCE
+        while not (found := condition()):
+            assert self.popen.is_running() and self.popen.status() != psutil.STATUS_ZOMBIE, self.printed()
+            assert time.monotonic() < deadline, self.printed()
+            time.sleep(0.01)
+        return found
+
+    def kill(self):
+        """kill -9, of the process alone; its Ray, which notices, is given the time to end."""
+        children = self.tree()
+        self.popen.send_signal(signal.SIGKILL)
+        self.popen.wait(PATIENCE)
+        assert not psutil.wait_procs(children, PATIENCE)[1]
+
+
+def build_empty(path):
+    """A workspace in which nothing has run yet."""
+    path.mkdir()
+    make(path, tiny)
+    local = (path / "clusters/local.yaml").read_text()
+    (path / "clusters/frail.yaml").write_text(local.replace("max_failures: 2", "max_failures: 0"))
+    subprocess.run([sys.executable, "-m", "pipeline.params"], cwd=path, env=environment(path), check=True)
+    return path
+
+
+def build(path):
+    """Make the workspace and run every stage once, undisturbed."""
+    workspace = Workspace(build_empty(path / "work"), path / "kept")
+    for stage in STAGES:
+        workspace.finish(stage)
+    for name in ("out", "runs", "metrics"):
+        shutil.copytree(workspace.path / name, workspace.kept / name)
+    return workspace
+
+
+def flip(path):
+    """Change one bit in the middle of a file, its size and times stay."""
+    status, data = path.stat(), bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@contextlib.contextmanager
+def mounted(path, options):
+    """A file system of its own in memory over a folder, with what was in it, and back again. PermissionError."""
+    aside = path.with_name(f"aside-{path.name}")
+    path.mkdir(exist_ok=True)
+    path.rename(aside)
+    path.mkdir()
+    try:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], text=True, capture_output=True)
+        if done.returncode:
+            raise PermissionError(done.stderr.strip())
+        try:
+            shutil.copytree(aside, path, dirs_exist_ok=True)
+            yield
+            shutil.rmtree(aside)
+            shutil.copytree(path, aside)
+        finally:
+            subprocess.run(["umount", "--lazy", path], check=True)
+    finally:
+        path.rmdir()
+        aside.rename(path)
+
+
+def fill(path):
+    """Let a mounted file system have no room left."""
+    subprocess.run(["mount", "-o", f"remount,size={shutil.disk_usage(path).used}", path], check=True)
+
+
+def make_room(path):
+    subprocess.run(["mount", "-o", "remount,size=2g", path], check=True)
+
+
+def may_mount(path):
+    """Whether this user may mount file systems, as containers and ordinary users may not."""
+    probe = path / "probe"
+    try:
+        with mounted(probe, "size=1m"):
+            return True
+    except PermissionError:
+        return False
+    finally:
+        probe.rmdir()
