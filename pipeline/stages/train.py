@@ -31,6 +31,7 @@ from pixelgen.encoders.lpips import load_lpips
 from pixelgen.encoders.text import TextEncoder, load_text_encoder
 from pixelgen.generate import PixelGen
 from pixelgen.images import grid
+from pixelgen.models import build_denoiser
 from pixelgen.objective import Objective
 from pixelgen.train import NonFiniteError, TrainState, create_state, fit
 
@@ -85,7 +86,21 @@ def prepare(key: str, params: TrainParams, storage: Storage, cluster: Cluster) -
     start = None if params.init == NONE else storage.open(OUT / params.init / "model", "model")
     made_of = [artifact.identity for artifact in (data, weights, start) if artifact]
     directory = run_directory("train", key, trajectory(params), *made_of)
+    check_room(params, directory)
     return Run(params, data, weights, start, directory.absolute(), storage.run(directory), cluster)
+
+
+def check_room(params: TrainParams, directory: Path) -> None:
+    """StorageError if the checkpoints that are to be kept, and one more, will not fit on the disk: each has weights,
+    averaged weights and AdamW's two moments in float32."""
+    with torch.device("meta"):
+        size = 4 * 4 * sum(p.numel() for p in build_denoiser(params.denoiser.resolve()).parameters())
+    kept = params.fit.keep_checkpoints + (params.fit.steps // params.fit.keep_every if params.fit.keep_every else 0)
+    need, free = size * (kept + 1), shutil.disk_usage(directory).free + sum(
+        path.stat().st_size for path in directory.glob("checkpoints/*"))
+    if need > free:
+        raise StorageError(f"{directory}: make room on this disk; {kept + 1} checkpoints of {size / 1e9:.1f} GB are to "
+                           f"lie here (fit.keep_checkpoints, fit.keep_every), {free / 1e9:.1f} GB are free")
 
 
 def trajectory(params: TrainParams) -> dict:

@@ -13,9 +13,10 @@ from pipeline import runs
 from pipeline.params import read_params
 from pipeline.stages import train as stage
 from pipeline.storage import Storage, fresh_directory
-from pipeline.store import LocalStore
+from pipeline.store import LocalStore, StorageError
 from pixelgen.checkpoint import read_state
 from pixelgen.config import ObjectiveConfig
+from pixelgen.models import build_denoiser
 from pixelgen.objective import Objective
 from pixelgen.train import create_state
 from tests.pixelgen.conftest import StandInDino, lane_batch, tiny_config
@@ -46,6 +47,25 @@ def directory_of(params, monkeypatch, tmp_path):
         storage.publish(directory, "weights" if name == "weights" else "dataset", {}, classes=[*range(10)])
     monkeypatch.chdir(tmp_path)
     return lambda params: stage.prepare("c2i", params, storage, SimpleNamespace(workers=1)).directory
+
+
+def test_checkpoints_that_will_not_fit_are_noticed_before_training(directory_of, params, monkeypatch):
+    """16 bytes for each parameter of the denoiser."""
+    free = [0.0]
+    monkeypatch.setattr(stage.shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    monkeypatch.setattr(Storage, "check", lambda self: None)
+    three = 3 * 16 * sum(p.numel() for p in build_denoiser(params.denoiser.resolve()).parameters())
+    free[0] = three - 1
+    with pytest.raises(StorageError, match=r"make room .*3 checkpoints of 0\.1 GB are to lie here.*0\.\d GB are free"):
+        directory_of(changed(params, keep_checkpoints=2))
+    free[0] = three
+    directory = directory_of(changed(params, keep_checkpoints=2))
+    with pytest.raises(StorageError, match="5 checkpoints"):
+        directory_of(changed(params, keep_checkpoints=2, keep_every=2, steps=4))
+    (directory / "checkpoints").mkdir()
+    (directory / "checkpoints" / "step-00000001.pt").write_bytes(b"." * 1000)
+    free[0] = three - 1000
+    directory_of(changed(params, keep_checkpoints=2))
 
 
 @pytest.mark.parametrize("change", [
