@@ -197,13 +197,14 @@ def fit_rank(run: Run, state: TrainState, objective: Objective, text: TextEncode
         start_from(state, run.start.local())
     batches = lane_batches(plan_of(params, run.data), lanes, state.step, params.fit.steps, device, text)
     if not writes:
-        fit(state, batches, objective, params.optimizer, params.fit, ignore, ignore, ignore)
+        with contextlib.suppress(NonFiniteError):  # rank 0, which stops at the same step, tells of it
+            fit(state, batches, objective, params.optimizer, params.fit, ignore, ignore, ignore)
         return
     curve = Curve(run, state.step)
     with writing(run.checkpoints, params.fit.keep_checkpoints, params.fit.keep_every) as writer:
         def checkpoint(state: TrainState) -> None:
-            grids = (run.directory / "grids").glob("*.png")
-            writer.save(state, {CURVE: curve.path} | {f"grids/{p.name}": p for p in grids})
+            extras = [*run.directory.glob(CURVE), *run.directory.glob("grids/*.png")]  # there may be none yet
+            writer.save(state, {path.relative_to(run.directory).as_posix(): path for path in extras})
 
         try:
             fit(state, batches, objective, params.optimizer, params.fit, curve.append, checkpoint,
@@ -262,10 +263,13 @@ class Curve:
 
     def __init__(self, run: Run, step: int):
         self.path = run.directory / CURVE
-        with contextlib.suppress(FileNotFoundError):
+        try:
             header, *lines = run.store.read(CURVE).decode().splitlines()
-            kept = [header, *(line for line in lines if int(line.split(",")[0]) <= step)]
-            write_atomic(self.path, ("\n".join(kept) + "\n").encode())
+        except FileNotFoundError:
+            self.path.unlink(missing_ok=True)  # of a run that did not come to its first checkpoint
+            return
+        kept = [header, *(line for line in lines if int(line.split(",")[0]) <= step)]
+        write_atomic(self.path, ("\n".join(kept) + "\n").encode())
 
     def append(self, metrics: dict[str, float]) -> None:
         new = not self.path.exists()
