@@ -89,8 +89,9 @@ def connect(cluster: Cluster) -> Any:
 
     for attempt in range(STARTS):
         try:
-            return ray.init(address=cluster.address, include_dashboard=False if private else None, log_to_driver=False,
-                            logging_level=logging.ERROR, configure_logging=True,
+            # without "local", it would join the cluster that was last started on this machine, whoever's it is
+            return ray.init(address=cluster.address or "local", include_dashboard=False if private else None,
+                            log_to_driver=False, logging_level=logging.ERROR, configure_logging=True,
                             runtime_env={"env_vars": {"PYTHONPATH": str(Path.cwd())}} if private else None)
         except Exception as error:  # Ray raises nothing more special than that
             if "timed out during startup" not in str(error) or attempt == STARTS - 1:
