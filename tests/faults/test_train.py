@@ -57,7 +57,7 @@ def test_sigterm(workspace, identical):
         assert process.wait() == 128 + signal.SIGTERM, process.printed()
         line = process.printed().rstrip().splitlines()[-1]
         assert line == f"stopped at step {newest(workspace)}, which is saved: `dvc repro` goes on from there"
-    identical("the state")
+    identical(same_checkpoints(workspace))
 
 
 @fault("kill -9 of Ray Train's controller", "train", "one line says that Ray has failed; started again, it goes on")
