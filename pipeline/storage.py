@@ -192,7 +192,8 @@ def fetch_object(store: Store, entry: Mapping[str, Any], path: Path) -> None:
     if sha256(path) != entry["sha256"]:
         path.unlink()
         raise StorageError(f"{object_name(entry['sha256'])} in storage is not what its name says: `python -m "
-                           "pipeline.verify` lists what is damaged; delete the output and run `dvc repro`")
+                           "pipeline.verify` lists what is damaged; delete that object and the output, and run "
+                           "`dvc repro`")
 
 
 def write_sealed(store: Store, name: str, data: bytes) -> None:
@@ -218,8 +219,8 @@ def read_bytes(location: str, digest: str) -> bytes:
         raise StorageError(f"{location} is in the manifest but not there: delete the output it belongs to and run "
                            "`dvc repro`") from None
     if hashlib.sha256(data).hexdigest() != digest:
-        raise StorageError(f"{location} is not the file that the manifest describes (sha256 differs): delete the "
-                           "output it belongs to and run `dvc repro`")
+        raise StorageError(f"{location} is not the file that the manifest describes (sha256 differs): delete it and "
+                           "the output it belongs to, and run `dvc repro`")
     return data
 
 
