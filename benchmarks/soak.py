@@ -62,23 +62,22 @@ def live(workspace: Path, seconds: float) -> Series:
     series: Series = defaultdict(list)
     stage = subprocess.Popen([sys.executable, "-m", "pipeline.stages.train", "c2i"], cwd=workspace,
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    start, tree = time.monotonic(), [psutil.Process(stage.pid)]
+    start, tree, workers = time.monotonic(), [psutil.Process(stage.pid)], dict[int, str]()
     while (age := time.monotonic() - start) < seconds:
         assert stage.poll() is None, f"the stage ended by itself: {stage.returncode}"
         tree = [tree[0], *tree[0].children(recursive=True)]
         for process in tree:
             try:
                 name = "driver" if process.pid == stage.pid else process.cmdline()[0]
-                if name != "driver" and "RayTrainWorker" not in name:
-                    continue
-                memory = process.memory_full_info()
-                role = "driver" if name == "driver" else "workers"
-                series[role, "MB"].append((age, (memory.rss - memory.shared) / 1e6))
-                series[role, "files"].append((age, process.num_fds()))
+                memory = process.memory_info()
+                if name.endswith("/raylet"):
+                    series["object store", "MB"].append((age, memory.shared / 1e6))
+                if name == "driver" or "RayTrainWorker" in name:
+                    role = "driver" if name == "driver" else workers.setdefault(process.pid, f"worker {len(workers)}")
+                    series[role, "MB"].append((age, (memory.rss - memory.shared) / 1e6))
+                    series[role, "files"].append((age, process.num_fds()))
             except (psutil.Error, IndexError):
                 continue
-        series["ray", "MB shared"].append((age, sum(p.stat().st_blocks * 512 for p in Path("/dev/shm").glob("plasma*"))
-                                           / 1e6))
         time.sleep(1)
     stage.send_signal(signal.SIGKILL)
     stage.wait()
