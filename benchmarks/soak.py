@@ -8,6 +8,7 @@ what Ray holds in shared memory; it prints their slopes, by least squares over t
 
 import argparse
 import csv
+import json
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from ruamel.yaml import YAML
+
+from pipeline.params import read_yaml
 
 COPIED = ("pixelgen", "pipeline", "clusters", "dvc.yaml")
 ENDLESS, CHECKPOINT_EVERY = 1_000_000, 50  # steps
@@ -49,11 +51,10 @@ def prepare(workspace: Path) -> Path:
     for name in ("weights", "shard"):
         (workspace / "out").mkdir(exist_ok=True)
         (workspace / "out" / name).symlink_to(Path("out", name).absolute())
-    params = YAML(typ="safe", pure=True).load(Path("params.yaml"))
+    params = read_yaml(Path("params.yaml"))
     params["train"]["c2i"]["fit"] |= {"steps": ENDLESS, "checkpoint_every": CHECKPOINT_EVERY, "log_every": 5,
                                       "grid_every": CHECKPOINT_EVERY}
-    with open(workspace / "params.yaml", "w") as file:
-        YAML().dump(params, file)
+    (workspace / "params.yaml").write_text(json.dumps(params))  # which is YAML too
     return workspace
 
 

@@ -1,7 +1,6 @@
 """Images whose headers announce more than they hold, and folders and tars that lead elsewhere or nowhere."""
 
 import io
-import json
 import os
 import struct
 import tarfile
@@ -19,6 +18,7 @@ from pipeline.datasets.tar import LARGEST_HEADER, members
 from pipeline.params import PromptsParams, SourceParams
 from pipeline.stages import prompts as prompts_stage
 from pipeline.stages.sample import load_prompts
+from pipeline.storage import Storage
 from pixelgen import cli
 from pixelgen.config import ConfigError
 from pixelgen.metrics.geneval import LARGEST, Rules, Sample, evaluate_image, list_images
@@ -180,11 +180,11 @@ def shards_of(data, run):
     """What the shard stage makes of a source -> keys of its rows, and the reasons of what is rejected."""
     rows, reasons = [], {}
     for number, task in enumerate(work.SOURCES[only(data)[1].format].tasks(*only(data))[1]):
-        work.write_job(work.Job(only(data)[1].format, number, task), data, run)
+        work.write_job(work.Job(only(data)[1].format, number, task), data, Storage(None), run)
     for path in sorted((run / "shards").iterdir()):
         rows += pq.read_table(path)["key"].to_pylist()
     for path in sorted((run / "reports").iterdir()):
-        reasons |= dict(json.loads(path.read_text())["rejected"])
+        reasons |= dict(work.read_report(Storage(None), run, path.stem)["rejected"])
     return [row.split("/", 1)[1] for row in rows], reasons
 
 
