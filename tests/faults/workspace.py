@@ -31,7 +31,7 @@ def tiny(params):
     c2i["fit"] |= {"steps": 48, "batch_size": 16, "checkpoint_every": 3, "keep_every": 3, "log_every": 2,
                    "grid_every": 24}  # checkpoints stay, so that each can be compared
     c2i["grid_sampler"]["steps"] = 2
-    params["sample"]["c2i"] |= {"per_prompt": 4, "part_size": 4}
+    params["sample"]["c2i"] |= {"per_prompt": 4, "part_size": 2}
     params["sample"]["c2i"]["sampler"] |= {"name": "euler", "steps": 3}
 
 
