@@ -33,11 +33,12 @@ def test_a_node_is_lost(workspace, cluster, identical):
     workspace.forget("train")
     with workspace.started(workspace.call("train"), "three") as process:
         process.until(newer(workspace, than=0))
-        before, writer = newest(workspace), rank_0(workspace)
+        writer = rank_0(workspace)
         above = {parent.pid for parent in psutil.Process(writer).parents()}
         (node,) = (n for n in cluster.worker_nodes if n.all_processes["raylet"][0].process.pid in above)
         cluster.remove_node(node, allow_graceful=False)
-        process.until(newer(workspace, than=before))
+        psutil.wait_procs([psutil.Process(writer)] if psutil.pid_exists(writer) else [])  # it outlives its raylet a little
+        process.until(newer(workspace, than=newest(workspace)))
         assert rank_0(workspace) != writer
         assert process.wait() == 0, process.printed()
     same_checkpoints(workspace)
