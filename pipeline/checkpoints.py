@@ -5,10 +5,8 @@ sha256. They gather in the run directory, and under a storage root (where a rank
 """
 
 import contextlib
-import fcntl
 import json
 import re
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,12 +15,13 @@ from typing import Any
 
 import torch
 
-from pipeline.storage import describe, sha256
-from pipeline.store import LocalStore, StorageError, Store
+from pipeline.storage import describe, intact, one_at_a_time
+from pipeline.store import StorageError, Store
 from pixelgen.checkpoint import save_state
 from pixelgen.train import TrainState
 
 FOLDER = "checkpoints"
+NOTES = "notes.txt"  # in the run's store: what has gone wrong with checkpoints, for the driver to tell
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,18 @@ class Checkpoints:
         return sorted(int(match[1]) for match in found if match)
 
     def newest(self) -> int | None:
-        """The newest step whose checkpoint is intact; None if there is none. Damaged ones are reported, and put
-        aside: training then goes on from an earlier one, to the same end."""
+        """The newest step whose checkpoint is intact, for rank 0 before others read any; None if there is none.
+        Damaged ones are put aside and noted: training then goes on from an earlier one, to the same end."""
+        for left in self.path(0).parent.glob(".*.partial"):  # of a writer that was killed
+            left.unlink()
+        notes = ""
         for step in reversed(self.steps()):
             try:
                 self.local(step)
                 return step
             except StorageError as error:
-                print(f"{error}; going on without it", file=sys.stderr, flush=True)
+                notes += f"{error}: going on without it\n"
+                self.store.write(NOTES, notes.encode())
                 self.store.delete(f"{name_of(step)}.json")
                 with contextlib.suppress(FileNotFoundError):
                     self.path(step).rename(self.path(step).with_suffix(".damaged"))
@@ -59,18 +62,19 @@ class Checkpoints:
         name, path = name_of(step), self.path(step)
         try:
             entry = json.loads(self.store.read(f"{name}.json"))
-            size, digest = entry["size"], entry["sha256"]
+            entry = {"size": entry["size"], "sha256": entry["sha256"]}
         except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
             raise StorageError(f"{name}.json of {self.directory} is damaged or missing ({error})") from None
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".lock"), "w") as lock:  # one of this machine's processes fetches for all
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not matches(path, size, digest) and not isinstance(self.store, LocalStore):
+        with one_at_a_time(path):
+            if intact(path, entry):
+                return path
+            if self.store.far:
                 with contextlib.suppress(FileNotFoundError):
                     self.store.fetch(name, path)
-            if not matches(path, size, digest):
-                raise StorageError(f"{path} is not the checkpoint that was written (size or sha256 differs)")
-        return path
+                    if intact(path, entry):
+                        return path
+        raise StorageError(f"{path} is not the checkpoint that was written (size or sha256 differs)")
 
     def prune(self, keep: int, every: int | None) -> None:
         """Delete all but the last `keep` checkpoints and those of every `every`th step."""
@@ -110,7 +114,7 @@ class Writer:
             name, path, store = name_of(step), self.checkpoints.path(step), self.checkpoints.store
             path.parent.mkdir(parents=True, exist_ok=True)
             save_state(state, path)
-            if not isinstance(store, LocalStore):
+            if store.far:
                 for extra, content in extras.items():
                     store.write(extra, content)
                 store.write(name, path)
@@ -132,10 +136,6 @@ def writing(checkpoints: Checkpoints, keep: int, every: int | None) -> Iterator[
 
 def name_of(step: int) -> str:
     return f"{FOLDER}/step-{step:08d}.pt"
-
-
-def matches(path: Path, size: int, digest: str) -> bool:
-    return path.is_file() and path.stat().st_size == size and sha256(path) == digest
 
 
 def snapshot(value: Any) -> Any:

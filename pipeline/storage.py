@@ -8,6 +8,7 @@ lie there under their sha256, `objects/12/12ab…`, whoever wrote them, and only
 manifest can name a file outside the root, and what has arrived is never sent again.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -16,7 +17,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -102,8 +103,7 @@ class Storage:
         """Whether what `keep` has stored is still there as it was."""
         if self.root:
             return open_store(self.root).size(object_name(entry["sha256"])) == entry["size"]
-        path = directory / entry["path"]
-        return path.is_file() and describe(path, entry["path"]) == entry
+        return intact(directory / entry["path"], entry)
 
     def open(self, directory: Path, kind: str | None) -> "Artifact":
         """The finished artifact of a directory, of any kind if that is None. StorageError if it is unfinished, or not
@@ -160,20 +160,31 @@ class Artifact:
 
         def get(entry: Entry) -> None:
             path = folder / entry["path"]
-            if not (path.is_file() and path.stat().st_size == entry["size"] and sha256(path) == entry["sha256"]):
+            if not intact(path, entry):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 fetch_object(store, entry, path)
 
-        with open(folder.with_suffix(".lock"), "w") as lock:  # one of this machine's processes fetches for all
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            with ThreadPoolExecutor(TRANSFERS) as pool:
-                for _ in pool.map(get, files):
-                    pass
+        with one_at_a_time(folder), ThreadPoolExecutor(TRANSFERS) as pool:
+            for _ in pool.map(get, files):
+                pass
         return folder
 
 
 def describe(path: Path, name: str) -> Entry:
     return {"path": name, "size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def intact(path: Path, entry: Mapping[str, Any]) -> bool:
+    """Whether a file is there and has the size and sha256 of a manifest's entry."""
+    return path.is_file() and path.stat().st_size == entry["size"] and sha256(path) == entry["sha256"]
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Let one of this machine's processes after the other work on `path`: the first fetches for all."""
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def put(store: Store, source: Path | bytes, entry: Mapping[str, Any], known: Mapping[str, int] | None = None) -> None:
@@ -262,7 +273,7 @@ def check_file(directory: Path, entry: Mapping[str, Any]) -> Path:
     path = directory / entry["path"]
     if not path.is_file():
         raise StorageError(f"{path} is in the manifest but not there: delete {directory} and run `dvc repro`")
-    if path.stat().st_size != entry["size"] or sha256(path) != entry["sha256"]:
+    if not intact(path, entry):
         raise StorageError(f"{path} is not the file that the manifest describes (size or sha256 differs): "
                            f"delete {directory} and run `dvc repro`")
     return path

@@ -18,7 +18,9 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, ClassVar, Protocol
+
+from pixelgen.files import atomic
 
 PART = 64 << 20  # bytes of a part of a large object; S3 allows 10,000 of them
 ATTEMPTS = 8  # at every request, with a growing pause between them
@@ -54,6 +56,11 @@ class StorageError(RuntimeError):
 class Store(Protocol):
     """What both kinds can do."""
 
+    far: ClassVar[bool]  # not on a disk of this machine: what is there has to be fetched, and each look at it costs
+
+    def uri(self, name: str = "") -> str:
+        """Where that is for others: an absolute path, or an s3://… of an object."""
+
     def write(self, name: str, source: bytes | Path) -> None:
         """Store bytes, or the content of a file, under a name."""
 
@@ -88,17 +95,9 @@ def valid_root(location: str) -> bool:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """A reader sees the old file or the whole new one, and the new one survives a power cut."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # no other writer has the same
-    try:
-        with on_disk(path), open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    """Write a file as `atomic` does. StorageError if the disk refuses."""
+    with on_disk(path), atomic(path) as file:
+        file.write(data)
 
 
 @contextlib.contextmanager
@@ -127,7 +126,11 @@ def refusal(error: BaseException) -> int | None:
 class LocalStore:
     """A directory; names with a dot in front are unfinished."""
 
+    far: ClassVar[bool] = False
     directory: Path
+
+    def uri(self, name: str = "") -> str:
+        return str((self.directory / name).absolute())
 
     def write(self, name: str, source: bytes | Path) -> None:
         path = self.directory / name
@@ -157,6 +160,7 @@ class LocalStore:
 class S3Store:
     """A prefix of a bucket. S3 shows an object when all of it has arrived, so every write is atomic."""
 
+    far: ClassVar[bool] = True
     bucket: str
     prefix: str
 
@@ -198,13 +202,8 @@ class S3Store:
         return sink.getvalue()
 
     def fetch(self, name: str, target: Path) -> None:
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-        try:
-            with on_disk(target), open(partial, "wb") as file:
-                self._stream(name, file)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with on_disk(target), atomic(target) as file:
+            self._stream(name, file)
 
     def _stream(self, name: str, sink: IO[bytes]) -> None:
         """Receive an object; where a connection breaks off, the next attempt goes on."""

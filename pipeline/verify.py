@@ -22,7 +22,7 @@ from tqdm import tqdm
 from pipeline.params import read_params
 from pipeline.runs import RUNS, in_use
 from pipeline.storage import MANIFEST, MANIFESTS, OBJECTS, Storage, object_name, read_bytes
-from pipeline.store import S3Store, StorageError, open_store
+from pipeline.store import LocalStore, S3Store, StorageError, open_store
 from pixelgen.config import ConfigError
 
 OUT = Path("out")
@@ -70,12 +70,13 @@ def verify(storage: Storage, sizes: bool = False) -> Found:
             found.problems.append(f"changed: {error}")
             continue
         manifests[str(path)] = artifact.manifest
+        files = LocalStore(path.parent)
         if artifact["root"] is None:
             for entry in tqdm(artifact["files"], desc=str(path.parent), leave=False):
-                compare(found, str(path.parent / entry["path"]), entry, sizes, file_size(path.parent / entry["path"]))
+                compare(found, str(path.parent / entry["path"]), entry, sizes, files.size(entry["path"]))
     if storage.root:
         remote(storage.root, manifests, found, sizes)
-    runs = {m["run"] for m in manifests.values() if m.get("run")}
+    runs = named_runs(manifests)
     for folder in sorted(RUNS.glob("*@*/*")):
         if folder.as_posix() not in runs and not in_use(folder):
             found.orphans[str(folder)] = latest(p.stat().st_mtime for p in [folder, *folder.rglob("*")])
@@ -97,7 +98,7 @@ def remote(root: str, manifests: dict[str, dict[str, Any]], found: Found, sizes:
               for entry in manifest["files"]}
     for name, entry in tqdm(sorted(wanted.items()), desc=root, leave=False):
         compare(found, f"{root}/{name}", entry, sizes, objects[name][0] if name in objects else None)
-    runs = {m["run"] for m in manifests.values() if m.get("run")}
+    runs = named_runs(manifests)
     states: dict[str, list[datetime.datetime]] = {}
     reported: set[str] = set()  # of unfinished shard stages: their shards have arrived, their manifest has not
     for name, (_, touched) in store.listing("runs/").items():
@@ -142,8 +143,9 @@ def prune(root: str | None, orphans: dict[str, datetime.datetime], delete: bool)
           + ("" if delete or not old else "; --prune --yes deletes them"))
 
 
-def file_size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+def named_runs(manifests: dict[str, dict[str, Any]]) -> set[str]:
+    """The run directories from which the models of these manifests come."""
+    return {m["run"] for m in manifests.values() if m.get("run")}
 
 
 def latest(times: Iterable[float]) -> datetime.datetime:

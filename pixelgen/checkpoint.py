@@ -5,7 +5,6 @@ Nothing here executes code from a file: states are read with `weights_only`, mod
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pixelgen.config import ConfigError, DenoiserConfig, TextDenoiserConfig, choose, load
+from pixelgen.files import atomic
 from pixelgen.models import KINDS, SIZES, build_denoiser
 from pixelgen.models.jit import JiT
 from pixelgen.models.jit_t2i import JiTText
@@ -31,16 +31,8 @@ class CheckpointError(ValueError):
 
 def save_state(content: Mapping[str, Any], path: Path) -> None:
     """Write what `TrainState.state_dict` gives so that a reader sees a whole file or none."""
-    partial = path.with_suffix(".partial")
-    try:
-        with open(partial, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)  # on a full disk it would take the room that is left
-        raise
+    with atomic(path) as file:
+        torch.save(content, file)
 
 
 def load_state(state: TrainState, path: Path) -> None:

@@ -2,15 +2,13 @@
 
 import json
 import sys
-import urllib.error
-import urllib.request
 from pathlib import Path, PurePosixPath
 
 from pipeline.datasets import scenes
+from pipeline.download import download
 from pipeline.params import PromptsParams, read_params, stage_params
 from pipeline.runs import run_stage
 from pipeline.storage import Storage, fresh_directory
-from pipeline.store import StorageError
 from pixelgen.metrics.geneval import TAGS
 from pixelgen.prompts import read_prompts
 
@@ -39,15 +37,7 @@ def local(params: PromptsParams, out: Path) -> Path:
     if not params.path.startswith(("https://", "http://")):
         return Path(params.path)
     target = out / ("source" + PurePosixPath(params.path).suffix)
-    try:
-        with urllib.request.urlopen(params.path, timeout=60) as answer:
-            data = answer.read(LARGEST + 1)
-    except (urllib.error.URLError, OSError) as error:
-        raise StorageError(f"{params.path} cannot be downloaded ({error}): fetch it on another machine and set path to "
-                           "the file") from error
-    if len(data) > LARGEST:
-        raise StorageError(f"{params.path} is larger than {LARGEST} bytes: no file of prompts")
-    target.write_bytes(data)
+    download(params.path, target, "fetch it on another machine and set path to the file", LARGEST)
     return target
 
 

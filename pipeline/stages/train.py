@@ -18,12 +18,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from pipeline.batches import Plan, Source, first_captions, lane_batches, open_split
-from pipeline.checkpoints import Checkpoints, writing
+from pipeline.checkpoints import NOTES, Checkpoints, writing
 from pipeline.cluster import Cluster, connect, read_cluster
 from pipeline.params import NONE, TrainParams, read_params, stage_params
 from pipeline.runs import lease, run_directory, run_stage
 from pipeline.storage import Artifact, Storage, fresh_directory
-from pipeline.store import LocalStore, S3Store, StorageError, Store, on_disk, write_atomic
+from pipeline.store import StorageError, Store, on_disk, write_atomic
 from pixelgen.checkpoint import export, load_state, read_state, start_from
 from pixelgen.config import CHANGEABLE, ConfigError, DenoiserConfig, ObjectiveConfig, require
 from pixelgen.encoders.dino import load_dino
@@ -84,6 +84,9 @@ def prepare(key: str, params: TrainParams, storage: Storage, cluster: Cluster) -
                 f"{params.denoiser.num_classes}: dataset {params.dataset} has {len(data['classes'])} classes")
     plan_of(params, data).check()
     start = None if params.init == NONE else storage.open(OUT / params.init / "model", "model")
+    for artifact in (weights, start):
+        if artifact and artifact["root"] is None:
+            artifact.local()  # or every rank would find what is damaged, and Ray Train start it again
     made_of = [artifact.identity for artifact in (data, weights, start) if artifact]
     directory = run_directory("train", key, trajectory(params), *made_of)
     check_room(params, directory)
@@ -125,7 +128,7 @@ def train(run: Run) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    for name in (FAILURE, STOP):
+    for name in (FAILURE, NOTES, STOP):
         run.store.delete(name)
     shutil.rmtree(run.directory / "ray", ignore_errors=True)
     cluster = run.cluster
@@ -135,7 +138,7 @@ def train(run: Run) -> None:
             torch_config=TorchConfig(backend="nccl" if cluster.device == "cuda" else "gloo"),
             scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=cluster.device == "cuda",
                                          resources_per_worker=cluster.resources),
-            run_config=RunConfig(name="train", storage_path=ray_storage(run),
+            run_config=RunConfig(name="train", storage_path=run.store.uri("ray"),
                                  failure_config=FailureConfig(max_failures=cluster.max_failures))).fit()
     with contextlib.suppress(FileNotFoundError):
         raise ConfigError(run.store.read(FAILURE).decode())
@@ -143,11 +146,6 @@ def train(run: Run) -> None:
         print(f"stopped at step {run.checkpoints.steps()[-1]}, which is saved: `dvc repro` goes on from there",
               file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
-
-
-def ray_storage(run: Run) -> str:
-    """Where Ray Train keeps its own few notes; all machines have to see it."""
-    return run.store.uri("ray") if isinstance(run.store, S3Store) else str(run.directory / "ray")
 
 
 @contextlib.contextmanager
@@ -192,7 +190,7 @@ def fit_rank(run: Run, state: TrainState, objective: Objective, text: TextEncode
     if dist.is_initialized():
         dist.broadcast_object_list(newest)  # rank 0 decides, once it holds the lease
     if newest[0] is not None:
-        load_state(state, run.checkpoints.local(newest[0]))
+        load_state(state, run.checkpoints.path(newest[0]) if writes else run.checkpoints.local(newest[0]))
     elif run.start is not None:
         start_from(state, run.start.local())
     batches = lane_batches(plan_of(params, run.data), lanes, state.step, params.fit.steps, device, text)
@@ -222,7 +220,7 @@ def ignore(_: object) -> None:
 
 def stop_requested(run: Run) -> Callable[[], bool]:
     """Whether the driver has asked for an end; asked again only after a while where asking costs something."""
-    pause, asked = (0.0 if isinstance(run.store, LocalStore) else STOP_SECONDS), 0.0
+    pause, asked = (STOP_SECONDS if run.store.far else 0.0), 0.0
 
     def requested() -> bool:
         nonlocal asked
@@ -294,11 +292,11 @@ def draw_grid(run: Run, state: TrainState, text: TextEncoder | None) -> None:
 
 
 class Progress:
-    """A progress bar in the driver, read from the loss curve that rank 0 writes (with each checkpoint, if the run is
-    kept under a storage root)."""
+    """What the driver shows of rank 0: a progress bar, read from the loss curve (which comes with each checkpoint, if
+    the run is kept under a storage root), and its notes."""
 
     def __init__(self, run: Run):
-        self.run, self.done = run, threading.Event()
+        self.run, self.done, self.told = run, threading.Event(), ""
         self.thread = threading.Thread(target=self.follow, daemon=True)
 
     def __enter__(self) -> None:
@@ -309,13 +307,17 @@ class Progress:
         self.thread.join()
 
     def follow(self) -> None:
-        total, pause = self.run.params.fit.steps, 1 if isinstance(self.run.store, LocalStore) else STOP_SECONDS
+        total, pause = self.run.params.fit.steps, STOP_SECONDS if self.run.store.far else 1
         with tqdm(total=total, desc="train", unit="step", mininterval=1) as bar:
             while not self.done.wait(pause):
                 self.show(bar)
             self.show(bar)
 
     def show(self, bar: tqdm) -> None:
+        with contextlib.suppress(FileNotFoundError, StorageError):
+            if (notes := self.run.store.read(NOTES).decode()) != self.told:
+                bar.write(notes.removeprefix(self.told), file=sys.stderr, end="")
+                self.told = notes
         try:
             rows = list(csv.DictReader(io.StringIO(self.run.store.read(CURVE).decode())))
         except (FileNotFoundError, StorageError):  # not yet; what is wrong with the storage stops the ranks

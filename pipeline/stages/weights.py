@@ -6,10 +6,7 @@ the same classes, made here in seconds, and the classifier that scores digits.
 """
 
 import hashlib
-import re
 import shutil
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +20,7 @@ from torch.nn import functional as F
 from pipeline.batches import PREFIXES
 from pipeline.datasets import scenes
 from pipeline.datasets.digits import digits
+from pipeline.download import download, stated_hash
 from pipeline.judges import DigitsJudge, save_digits_classifier, train_digits_classifier
 from pipeline.params import WeightsParams, read_params
 from pipeline.runs import run_stage
@@ -37,7 +35,6 @@ from pixelgen.metrics.colors import load_colors
 from pixelgen.metrics.pretrained import read_weights
 
 OUT = Path("out/weights")
-AGENT = {"User-Agent": "pixelgen"}
 
 
 def main() -> None:
@@ -128,7 +125,10 @@ def obtain(item: File, directory: str | None, target: Path) -> str:
     """Copy or download the file to `target` and return its sha256. StorageError if it is not the published one."""
     expected = item.sha256
     if directory is None:
-        expected = download(item, target)
+        remedy = (f"fetch {item.name} on another machine, put it into a folder and name that folder in "
+                  "weights.directory")
+        expected = expected or stated_hash(item.url, remedy)
+        download(item.url, target, remedy)
     else:
         source = Path(directory) / target.parent.name / item.name
         if not source.is_file():
@@ -141,45 +141,6 @@ def obtain(item: File, directory: str | None, target: Path) -> str:
         raise StorageError(f"{item.name} has hash {found}, but {expected}… was published: it is damaged or another "
                            f"file; get it anew from {item.url}")
     return sha256(target)
-
-
-def download(item: File, target: Path) -> str:
-    """Fetch the file; returns the hash that it must have."""
-    try:
-        expected = item.sha256 or stated_hash(item.url)
-        request = urllib.request.Request(item.url, headers=AGENT)
-        with urllib.request.urlopen(request, timeout=60) as answer, open(target, "wb") as file:
-            shutil.copyfileobj(answer, file)
-            length = answer.headers.get("Content-Length")
-    except (urllib.error.URLError, OSError) as error:
-        raise StorageError(f"{item.url} cannot be downloaded ({error}): fetch {item.name} on another machine, put it "
-                           "into a folder and name that folder in weights.directory") from error
-    if length is not None and target.stat().st_size != int(length):
-        raise StorageError(f"{item.url}: the answer ended after {target.stat().st_size} of {length} bytes; try again")
-    if expected is None:
-        raise StorageError(f"{item.url}: the host states no hash to check the file against")
-    return expected
-
-
-class Stay(urllib.request.HTTPRedirectHandler):
-    """Follow no redirect: the Hub states a file's hash in the answer that leads to its storage."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-def stated_hash(url: str) -> str | None:
-    """By which the Hub names a file: the sha256 of a large one, the id of a small one as a blob of git."""
-    try:
-        with urllib.request.build_opener(Stay).open(
-                urllib.request.Request(url, headers=AGENT, method="HEAD"), timeout=60) as answer:
-            headers = answer.headers
-    except urllib.error.HTTPError as error:
-        if not 300 <= error.code < 400:
-            raise
-        headers = error.headers
-    tags = [headers.get(name, "").strip('"') for name in ("X-Linked-Etag", "ETag")]
-    return next((tag for tag in tags if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", tag)), None)
 
 
 def git_blob(path: Path) -> str:

@@ -15,6 +15,18 @@ def fillable(workspace):
     return may_mount(workspace.path)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def from_nothing(request, workspace):
+    """A module that has a `STAGE` begins without what the undisturbed run has made there, and gives it back."""
+    stage = getattr(request.module, "STAGE", None)
+    if stage is None:
+        yield
+        return
+    workspace.forget(stage)
+    yield
+    workspace.restore(stage)
+
+
 @pytest.fixture
 def identical(request):
     """Tells the table, for each row of the test, what was found to be the same as without the fault."""

@@ -37,7 +37,7 @@ def test_a_node_is_lost(workspace, cluster, identical):
         above = {parent.pid for parent in psutil.Process(writer).parents()}
         (node,) = (n for n in cluster.worker_nodes if n.all_processes["raylet"][0].process.pid in above)
         cluster.remove_node(node, allow_graceful=False)
-        psutil.wait_procs([psutil.Process(writer)] if psutil.pid_exists(writer) else [])  # it outlives its raylet a little
+        process.until(lambda: not psutil.pid_exists(writer))  # it outlives its raylet a little
         process.until(newer(workspace, than=newest(workspace)))
         assert rank_0(workspace) != writer
         assert process.wait() == 0, process.printed()

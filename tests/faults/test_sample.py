@@ -9,15 +9,9 @@ import pytest
 from tests.faults.table import fault
 from tests.faults.workspace import PATIENCE, UNFILLED, fill, flip, make_room, mounted
 
+STAGE = "sample"
 PARTS = 20
 DVC = ["dvc", "repro", "--single-item", "sample@c2i"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def from_nothing(workspace):
-    workspace.forget("sample")
-    yield
-    workspace.restore("sample")
 
 
 def parts(workspace):

@@ -5,12 +5,7 @@ import pytest
 from tests.faults.table import fault
 from tests.faults.workspace import UNFILLED, flip, mounted
 
-
-@pytest.fixture(scope="module", autouse=True)
-def from_nothing(workspace):
-    workspace.forget("shard")
-    yield
-    workspace.restore("shard")
+STAGE = "shard"
 
 
 def reports(workspace):

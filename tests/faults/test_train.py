@@ -10,12 +10,7 @@ from tests.faults.checkpoints import newer, newest, rank_0, same_checkpoints
 from tests.faults.table import fault
 from tests.faults.workspace import UNFILLED, fill, flip, make_room, mounted
 
-
-@pytest.fixture(scope="module", autouse=True)
-def from_nothing(workspace):
-    workspace.forget("train")
-    yield
-    workspace.restore("train")
+STAGE = "train"
 
 
 @fault("the stage is started twice", "train", "the second says which process holds the run, and ends")
@@ -74,7 +69,8 @@ def test_the_controller_is_killed_and_a_checkpoint_damaged(workspace, identical)
     damaged = workspace.run_directory("train") / f"checkpoints/step-{newest(workspace):08}.pt"
     flip(damaged)
     with workspace.started(workspace.call("train")) as process:
-        process.until(lambda: damaged.with_suffix(".damaged").exists())
+        process.until(lambda: f"{damaged} is not the checkpoint that was written" in process.printed())
+        assert damaged.with_suffix(".damaged").exists()
         process.until(newer(workspace, than=before))
         identical(same_checkpoints(workspace))
         process.kill()

@@ -183,6 +183,13 @@ def npz(folder):
     return file.getvalue()
 
 
+def rewrite(archive, path, change):
+    """A sound archive of the members of another, after `change(name, content)`."""
+    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, change(name, old.read(name)))
+
+
 @settings(FIXED, max_examples=400)
 @given(st.data())
 def test_damaged_references(folder, npz, data):
@@ -195,10 +202,8 @@ def test_damaged_references(folder, npz, data):
 @given(st.data())
 def test_altered_arrays(folder, npz, data):
     """Damage inside the members of an archive that is sound itself."""
-    with zipfile.ZipFile(io.BytesIO(npz)) as old, zipfile.ZipFile(folder / "x.npz", "w") as new:
-        for name in old.namelist():
-            content = old.read(name)
-            new.writestr(name, data.draw(damaged(content, 2)) if data.draw(st.booleans()) else content)
+    rewrite(npz, folder / "x.npz",
+            lambda _, content: data.draw(damaged(content, 2)) if data.draw(st.booleans()) else content)
     with only(ValueError):
         fid.load_reference(folder / "x.npz")
 
@@ -227,10 +232,8 @@ def test_damaged_checkpoints(folder, published, data):
 @given(st.data())
 def test_damaged_pickles(folder, published, data):
     """Damage inside the pickle of an archive that is sound itself."""
-    with zipfile.ZipFile(io.BytesIO(published)) as old, zipfile.ZipFile(folder / "x.ckpt", "w") as new:
-        for name in old.namelist():
-            content = old.read(name)
-            new.writestr(name, data.draw(damaged(content)) if name.endswith("data.pkl") else content)
+    rewrite(published, folder / "x.ckpt",
+            lambda name, content: data.draw(damaged(content)) if name.endswith("data.pkl") else content)
     with only(CheckpointError):
         checkpoint.read_published(folder / "x.ckpt", 0)
 

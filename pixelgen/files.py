@@ -1,0 +1,24 @@
+"""Files that are written whole or not at all."""
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which becomes `path` at the end: a reader sees the old file or the whole new one, and the new
+    one survives a power cut. After an error, nothing of it is left."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # no other writer has the same
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)  # on a full disk it would take the room that is left
+        raise
