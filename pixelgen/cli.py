@@ -3,7 +3,9 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
+from pixelgen.config import SamplerName
 from pixelgen.prompts import LAYOUTS
 
 
@@ -27,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     draw.add_argument("--negative", default="", help="prompt that guidance leads away from")
     draw.add_argument("--text-encoder", type=Path, help="folder of the encoder that the model was trained with")
     draw.add_argument("--seed", type=int, default=0, help="image i has seed SEED + i")
-    draw.add_argument("--sampler", choices=["euler", "heun", "adams_bashforth"], default="heun")
+    draw.add_argument("--sampler", choices=get_args(SamplerName), default="heun")
     draw.add_argument("--steps", type=int, default=50)
     draw.add_argument("--guidance", type=float, default=1.0)
     draw.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"))
@@ -35,6 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
     draw.add_argument("--order", type=int, help="of adams_bashforth")
     draw.add_argument("--device", default="cpu")
     draw.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+
+    app = commands.add_parser("app", help="draw in the browser, on this machine")
+    app.add_argument("model", help="directory of an exported model, or a Hub repository owner/name")
+    app.add_argument("--text-encoder", type=Path, help="folder of the encoder that the model was trained with")
+    app.add_argument("--device", default="cpu")
+    app.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    app.add_argument("--port", type=int, default=7860)
 
     evaluate = commands.add_parser("evaluate", help="score generated images")
     benchmarks = evaluate.add_subparsers(dest="benchmark", required=True)
@@ -47,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     geneval.add_argument("--device", default="cpu")
     args = parser.parse_args(arguments)
     try:
-        return {"convert": _convert, "sample": _sample, "evaluate": _evaluate_geneval}[args.command](args)
+        return COMMANDS[args.command](args)
     except (ValueError, OSError) as error:
         print(f"pixelgen {args.command}: {error}", file=sys.stderr)
         return 1
@@ -88,6 +97,16 @@ def _sample(args: argparse.Namespace) -> int:
     return 0
 
 
+def _app(args: argparse.Namespace) -> int:
+    from pixelgen.app import serve
+    from pixelgen.generate import PixelGen
+
+    model = PixelGen.from_pretrained(args.model, device=args.device, precision=args.precision,
+                                     text_encoder=args.text_encoder)
+    serve(model, args.model, args.port)
+    return 0
+
+
 def _evaluate_geneval(args: argparse.Namespace) -> int:
     import json
 
@@ -106,3 +125,6 @@ def _evaluate_geneval(args: argparse.Namespace) -> int:
     for tag in (*TAGS, "overall"):
         print(f"{tag:<14} {figures[tag]:.4f}" if tag in figures else f"{tag:<14} no image")
     return 0
+
+
+COMMANDS = {"convert": _convert, "sample": _sample, "app": _app, "evaluate": _evaluate_geneval}

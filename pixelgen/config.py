@@ -253,11 +253,14 @@ CHANGEABLE = ("checkpoint_every", "keep_checkpoints", "keep_every", "log_every",
 # ------------------------------------------------------------------------------------------------ the sampler
 
 
+SamplerName = Literal["euler", "heun", "adams_bashforth"]
+
+
 @dataclass(frozen=True)
 class SamplerConfig:
     """How an image is integrated from noise (`pixelgen.samplers`)."""
 
-    name: Literal["euler", "heun", "adams_bashforth"] = "heun"
+    name: SamplerName = "heun"
     steps: int = 50
     guidance: float = 1.0  # 1: conditional only
     interval: tuple[float, float] = (0.0, 1.0)  # guidance acts where interval[0] < t <= interval[1]
