@@ -7,7 +7,6 @@ afresh and an interrupted one goes on where it was.
 import contextlib
 import fcntl
 import hashlib
-import os
 import signal
 import sys
 import time
@@ -54,16 +53,17 @@ def lease(path: Path, patience: float) -> Iterator[None]:
     with open(path, "a+") as file:
         while not _try_lock(file):
             file.seek(0)
-            holder, *supervisor = file.read().split() or ["0"]
-            if _is_orphan(supervisor):
-                print(f"stopping process {holder}, left over from an interrupted run", file=sys.stderr)
-                _stop(int(holder))
+            noted = file.read().split()
+            holder, supervisor = _alive(noted[:2]), noted[2:]
+            if holder and supervisor and not _alive(supervisor):
+                print(f"stopping process {holder.pid}, left over from an interrupted run", file=sys.stderr)
+                _stop(holder)
             elif time.monotonic() > deadline:
-                raise StorageError(f"{path.parent} is in use by process {holder}: wait for it, or stop it, and try "
-                                   "again")
+                raise StorageError(f"{path.parent} is in use by process {' '.join(noted[:1])}: wait for it, or stop "
+                                   "it, and try again")
             time.sleep(0.2)
         file.truncate(0)
-        file.write(" ".join([str(os.getpid()), *_supervisor()]))
+        file.write(" ".join([*_named(psutil.Process()), *_supervisor()]))
         file.flush()
         yield
 
@@ -86,28 +86,31 @@ def _try_lock(file: IO[str]) -> bool:
 
 
 def _supervisor() -> list[str]:
-    """Process id and start time of the dvc that runs this stage; nothing if there is none."""
+    """The dvc that runs this stage; nothing if there is none: a stage that was started by hand is never left over."""
     for process in psutil.Process().parents():
         with contextlib.suppress(psutil.Error):
             if any(Path(argument).name == "dvc" for argument in process.cmdline()[:4]):
-                return [str(process.pid), str(process.create_time())]
+                return _named(process)
     return []
 
 
-def _is_orphan(supervisor: list[str]) -> bool:
-    """Whether a stage was run by a dvc that is no more. One that was started by hand never is an orphan."""
-    if not supervisor:
-        return False
-    pid, started = supervisor
-    with contextlib.suppress(psutil.NoSuchProcess):
+def _named(process: psutil.Process) -> list[str]:
+    """Process id and start time: ids are given again."""
+    return [str(process.pid), str(process.create_time())]
+
+
+def _alive(name: list[str]) -> psutil.Process | None:
+    """The process of that name, if it still runs."""
+    with contextlib.suppress(psutil.NoSuchProcess, ValueError):
+        pid, _ = name
         process = psutil.Process(int(pid))
-        return process.status() == psutil.STATUS_ZOMBIE or str(process.create_time()) != started
-    return True
+        if _named(process) == name and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    return None
 
 
-def _stop(pid: int) -> None:
+def _stop(process: psutil.Process) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(20)

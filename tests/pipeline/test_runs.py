@@ -1,5 +1,6 @@
 """Run directories: what names them, and who may write to them."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -68,30 +69,26 @@ def test_a_lease_keeps_others_out_and_ends_with_its_process(tmp_path):
         holder.wait()
 
 
-def test_an_orphan_is_stopped(tmp_path, monkeypatch):
-    """A stage whose dvc was killed must not be joined by a second writer, nor keep the next one waiting."""
-    holder = start_holder(tmp_path / "lease")
+@pytest.mark.parametrize(("holder_started", "dvc_started", "stopped"), [
+    (0, None, True), (0, -1, True), (0, 0, False), (-1, None, False)],
+    ids=["its dvc is gone", "its dvc's number is another's", "its dvc runs", "its own number is another's"])
+def test_a_stage_whose_dvc_was_killed_is_stopped(tmp_path, holder_started, dvc_started, stopped):
+    """It must neither be joined by a second writer nor keep the next one waiting; nobody else is to be stopped."""
+    ended, this, path = subprocess.Popen(["true"]), psutil.Process(), tmp_path / "lease"
+    ended.wait()
+    holder = start_holder(path)
     try:
         assert holder.stdout.readline() == "held\n"
-        monkeypatch.setattr(runs, "_is_orphan", lambda supervisor: psutil.pid_exists(holder.pid))
-        start = time.monotonic()
-        with runs.lease(tmp_path / "lease", patience=0):
-            assert time.monotonic() - start < 20
-        assert not psutil.pid_exists(holder.pid)
+        started = psutil.Process(holder.pid).create_time() + holder_started
+        dvc = [ended.pid, time.time()] if dvc_started is None else [this.pid, this.create_time() + dvc_started]
+        path.write_text(" ".join(map(str, [holder.pid, started, *dvc])))
+        refused = contextlib.nullcontext() if stopped else pytest.raises(StorageError, match=f"process {holder.pid}:")
+        with refused, runs.lease(path, patience=0):
+            assert not psutil.pid_exists(holder.pid)
+        assert psutil.pid_exists(holder.pid) is not stopped
     finally:
         holder.kill()
         holder.wait()
-
-
-def test_who_is_an_orphan():
-    """A stage whose dvc is gone, or whose dvc's number has passed to another process; never one started by hand."""
-    this = psutil.Process()
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    assert not runs._is_orphan([])
-    assert not runs._is_orphan([str(this.pid), str(this.create_time())])
-    assert runs._is_orphan([str(this.pid), str(this.create_time() - 1)])
-    assert runs._is_orphan([str(ended.pid), str(time.time())])
 
 
 def test_the_supervisor_is_the_dvc_above(tmp_path):
