@@ -8,6 +8,7 @@ import functools
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -87,12 +88,16 @@ def connect(cluster: Cluster) -> Any:
             os.environ.setdefault(name, value)
     import ray
 
+    ends = signal.getsignal(signal.SIGTERM)
     for attempt in range(STARTS):
         try:
             # without "local", it would join the cluster that was last started on this machine, whoever's it is
-            return ray.init(address=cluster.address or "local", include_dashboard=False if private else None,
-                            log_to_driver=False, logging_level=logging.ERROR, configure_logging=True,
-                            runtime_env={"env_vars": {"PYTHONPATH": str(Path.cwd())}} if private else None)
+            session = ray.init(
+                address=cluster.address or "local", include_dashboard=False if private else None,
+                log_to_driver=False, logging_level=logging.ERROR, configure_logging=True,
+                runtime_env={"env_vars": {"PYTHONPATH": str(Path.cwd())}} if private else None)
+            signal.signal(signal.SIGTERM, ends)  # Ray's own way to end prints pages
+            return session
         except Exception as error:  # Ray raises nothing more special than that
             if "timed out during startup" not in str(error) or attempt == STARTS - 1:
                 raise

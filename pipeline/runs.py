@@ -119,12 +119,20 @@ def _stop(process: psutil.Process) -> None:
             process.wait(20)
 
 
+class Stopped(SystemExit):
+    """A stage ends because of SIGTERM, which comes before a machine is taken away; the message says what is kept."""
+
+
 def run_stage(main: Callable[[], None]) -> None:
     """Run a stage's main; a mistake of the user, or storage or Ray that fails, ends it with one clear line instead of a
     traceback, also where a worker of Ray Train has met it. The worker's traceback is in Ray's logs."""
+    signal.signal(signal.SIGTERM, _end)
     try:
         with on_disk(Path.cwd()):
             main()
+    except Stopped as end:
+        print(f"stopped: {end}, `dvc repro` goes on from there", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     except Exception as error:
         stage, found = Path(sys.argv[0]).stem, [*origins(error)]
         for origin in found:
@@ -136,6 +144,10 @@ def run_stage(main: Callable[[], None]) -> None:
                 summary = str(origin).partition("\n")[0]
                 sys.exit(f"{stage}: Ray has failed: {summary} Run `dvc repro` again: finished work is kept")
         raise
+
+
+def _end(*_: Any) -> None:
+    raise Stopped("finished work is kept")
 
 
 def origins(error: BaseException) -> Iterator[BaseException]:

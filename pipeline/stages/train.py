@@ -21,7 +21,7 @@ from pipeline.batches import Plan, Source, first_captions, lane_batches, open_sp
 from pipeline.checkpoints import NOTES, Checkpoints, writing
 from pipeline.cluster import Cluster, connect, read_cluster
 from pipeline.params import NONE, TrainParams, read_params, stage_params
-from pipeline.runs import lease, run_directory, run_stage
+from pipeline.runs import Stopped, lease, run_directory, run_stage
 from pipeline.storage import Artifact, Storage, fresh_directory
 from pipeline.store import StorageError, Store, on_disk, write_atomic
 from pixelgen.checkpoint import export, load_state, read_state, start_from
@@ -143,9 +143,7 @@ def train(run: Run) -> None:
     with contextlib.suppress(FileNotFoundError):
         raise ConfigError(run.store.read(FAILURE).decode())
     if not run.done:
-        print(f"stopped at step {run.checkpoints.steps()[-1]}, which is saved: `dvc repro` goes on from there",
-              file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
+        raise Stopped(f"step {run.checkpoints.steps()[-1]} is saved")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """A cluster of several nodes, each a raylet of its own on this machine, that loses one in the middle of training."""
 
+import tempfile
 
 import psutil
 import pytest
@@ -12,7 +13,8 @@ from tests.faults.table import fault
 @pytest.fixture
 def cluster(workspace, monkeypatch):
     """A head, which has no processor for a rank, and two nodes, each of which has enough for all."""
-    for name, value in (LOCAL_ENVIRONMENT | {"PYTHONPATH": str(workspace.path)}).items():
+    folder = tempfile.TemporaryDirectory()  # Ray notes there which cluster was started last; short: it holds sockets
+    for name, value in (LOCAL_ENVIRONMENT | {"PYTHONPATH": str(workspace.path), "RAY_TMPDIR": folder.name}).items():
         monkeypatch.setenv(name, value)
     from ray.cluster_utils import Cluster
 
@@ -24,6 +26,7 @@ def cluster(workspace, monkeypatch):
         local.replace("address: null", f"address: {cluster.address}"))
     yield cluster
     cluster.shutdown()
+    folder.cleanup()
     workspace.restore("train")
 
 

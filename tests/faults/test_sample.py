@@ -26,6 +26,7 @@ def more(workspace):
 @fault("two `dvc repro` at once", "sample", "the second names the first, and ends")
 @fault("kill -9 of `dvc repro`", "sample", "the next one stops the stage that was left over, and goes on")
 @fault("the disk is full", "sample", "one line names the file and says to make room; started again, it goes on")
+@fault("SIGTERM, as before a machine is taken away", "sample", "exit status 143; started again, it goes on")
 @fault("kill -9 of an actor", "sample", "Ray Data does its part again")
 @fault("a flipped bit in a finished part", "sample", "one line names it; started again, it alone is redone")
 def test_sample(workspace, fillable, identical):
@@ -59,6 +60,9 @@ def test_sample(workspace, fillable, identical):
                 make_room(runs)
     with workspace.started(workspace.call("sample")) as process:
         process.until(more(workspace))
+        process.terminate()
+    with workspace.started(workspace.call("sample")) as process:
+        process.until(more(workspace))
         process.ray("MapWorker")[0].kill()
         assert process.wait() == 0, process.printed()
     files = workspace.same("sample")
@@ -69,5 +73,5 @@ def test_sample(workspace, fillable, identical):
     assert workspace.same("sample") == files
     if not fillable:
         pytest.skip(UNFILLED)
-    for _ in range(5):
+    for _ in range(6):
         identical(f"{files} files")

@@ -12,6 +12,7 @@ def reports(workspace):
     return sorted(workspace.path.glob("runs/shard@digits/*/reports/*.json"))
 
 
+@fault("SIGTERM, as before a machine is taken away", "shard", "exit status 143; started again, it goes on")
 @fault("kill -9 of the stage", "shard", "started again, it goes on with the images that are not packed")
 @fault("a flipped bit in a report of finished work", "shard", "one line names it; started again, it alone is redone")
 @fault("a flipped bit in a shard before the end", "shard", "started again, it is redone")
@@ -19,6 +20,10 @@ def reports(workspace):
 def test_shard(workspace, fillable, identical):
     with workspace.started(workspace.call("shard")) as process:
         process.until(lambda: reports(workspace))
+        process.terminate()
+    before = len(reports(workspace))
+    with workspace.started(workspace.call("shard")) as process:
+        process.until(lambda: len(reports(workspace)) > before)
         process.kill()
     before, kept = reports(workspace), len(workspace.outputs(workspace.kept, "shard"))
     assert 0 < len(before) < 20, "killed too late to show anything"
@@ -37,5 +42,5 @@ def test_shard(workspace, fillable, identical):
     assert workspace.same("shard") == kept
     if not fillable:
         pytest.skip(UNFILLED)
-    for _ in range(4):
+    for _ in range(5):
         identical(f"{kept} files")

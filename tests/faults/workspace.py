@@ -158,6 +158,19 @@ class Process:
             time.sleep(0.01)
         return found
 
+    def has_stopped(self, kept):
+        """It ends as asked to, and says what is kept."""
+        assert self.wait() == 128 + signal.SIGTERM, self.printed()
+        line = self.printed().rstrip().splitlines()[-1]
+        assert line == f"stopped: {kept}, `dvc repro` goes on from there"
+
+    def terminate(self):
+        """SIGTERM, of the process alone, which ends with its Ray and says that work is kept."""
+        children = self.tree()
+        self.popen.send_signal(signal.SIGTERM)
+        self.has_stopped("finished work is kept")
+        assert not psutil.wait_procs(children, PATIENCE)[1]
+
     def kill(self):
         """kill -9, of the process alone; its Ray, which notices, is given the time to end."""
         children = self.tree()
