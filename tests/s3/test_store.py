@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -349,6 +350,18 @@ def test_another_machine_goes_on_from_the_newest_checkpoint(root, faults, tmp_pa
     store.write("checkpoints/step-00000030.pt", b"damaged")
     there.path(30).write_bytes(b"damaged")
     assert there.newest() == 20
+
+
+def test_training_goes_on_while_a_checkpoint_is_on_its_way(root, faults, tmp_path):
+    checkpoints = Checkpoints(tmp_path, open_store(root))
+    faults.add(hold, "PUT", r"step-00000010\.pt$", times=1)
+    with writing(checkpoints, 1, None) as writer:
+        writer.save(State(10), {})
+        while not faults.count("PUT", r"step-00000010\.pt$"):
+            time.sleep(0.01)
+        assert writer.thread.is_alive() and checkpoints.steps() == []  # and here are the next steps
+        faults.release()
+    assert checkpoints.steps() == [10]
 
 
 def test_an_upload_that_fails_stops_the_training_with_its_reason(root, faults, tmp_path):
