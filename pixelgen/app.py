@@ -62,5 +62,6 @@ def serve(model: PixelGen, name: str, port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((HOST, port))
+    print(f"http://{HOST}:{port} draws with {name}, until Ctrl-C", flush=True)
     build(model, name).launch(server_name=HOST, server_port=port, share=False, enable_monitoring=False, quiet=True,
-                              inbrowser=False, show_error=True, prevent_thread_lock=False)
+                              inbrowser=False, show_error=True)
