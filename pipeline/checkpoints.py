@@ -21,7 +21,7 @@ from pixelgen.checkpoint import save_state
 from pixelgen.train import TrainState
 
 FOLDER = "checkpoints"
-NOTES = "notes.txt"  # in the run's store: what has gone wrong with checkpoints, for the driver to tell
+NOTES = "notes.txt"  # in the run's store: which checkpoint training goes on from, and why, for the driver to tell
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,25 @@ class Checkpoints:
 
     def newest(self) -> int | None:
         """The newest step whose checkpoint is intact, for rank 0 before others read any; None if there is none.
-        Damaged ones are put aside and noted: training then goes on from an earlier one, to the same end."""
+        It is noted, and so are damaged ones, which are put aside: training ends at the same bits, a little later."""
         for left in self.path(0).parent.glob(".*.partial"):  # of a writer that was killed
             left.unlink()
-        notes = ""
+        notes, found = "", None
         for step in reversed(self.steps()):
             try:
                 self.local(step)
-                return step
             except StorageError as error:
-                notes += f"{error}: going on without it\n"
-                self.store.write(NOTES, notes.encode())
+                notes += f"{error}: put aside\n"
                 self.store.delete(f"{name_of(step)}.json")
                 with contextlib.suppress(FileNotFoundError):
                     self.path(step).rename(self.path(step).with_suffix(".damaged"))
-        return None
+            else:
+                found = step
+                break
+        if notes or found is not None:
+            notes += f"training goes on from step {found or 0}\n"
+            self.store.write(NOTES, notes.encode())
+        return found
 
     def local(self, step: int) -> Path:
         """The file of a step on this machine, fetched if need be. StorageError if it is not what was written."""

@@ -60,7 +60,7 @@ def test_sample(workspace, fillable, identical):
                 make_room(runs)
     with workspace.started(workspace.call("sample")) as process:
         process.until(more(workspace))
-        process.terminate()
+        assert process.terminate() == "finished work is kept"
     with workspace.started(workspace.call("sample")) as process:
         process.until(more(workspace))
         process.ray("MapWorker")[0].kill()

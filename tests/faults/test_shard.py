@@ -20,7 +20,7 @@ def reports(workspace):
 def test_shard(workspace, fillable, identical):
     with workspace.started(workspace.call("shard")) as process:
         process.until(lambda: reports(workspace))
-        process.terminate()
+        assert process.terminate() == "finished work is kept"
     before = len(reports(workspace))
     with workspace.started(workspace.call("shard")) as process:
         process.until(lambda: len(reports(workspace)) > before)

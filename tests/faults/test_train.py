@@ -2,30 +2,44 @@
 has left it: whatever checkpoint they find has to be the one of the undisturbed run."""
 
 import contextlib
-import signal
 
 import pytest
 
-from tests.faults.checkpoints import newer, newest, rank_0, same_checkpoints
+from tests.faults.checkpoints import checkpoints, newer, newest, rank_0, same_checkpoints
 from tests.faults.table import fault
 from tests.faults.workspace import UNFILLED, fill, flip, make_room, mounted
 
 STAGE = "train"
 
 
+def goes_on(process, workspace, step):
+    """Wait until training has gone on from a step, and saved more."""
+    process.until(lambda: f"training goes on from step {step}\n" in process.printed())
+    process.until(newer(workspace, than=step))
+
+
 @fault("the stage is started twice", "train", "the second says which process holds the run, and ends")
-@fault("kill -9 of rank 1", "train", "Ray Train starts the ranks anew, from the newest checkpoint")
-@fault("kill -9 of rank 0, which writes", "train", "the same")
-@fault("the disk is full", "train", "one line names the file and says to make room; started again, it goes on")
-def test_ranks_are_killed_and_the_disk_gets_full(workspace, fillable, identical):
-    runs = workspace.path / "runs"
-    with (mounted(runs, "size=2g") if fillable else contextlib.nullcontext(),
-          workspace.started(workspace.call("train")) as process):
+@fault("kill -9 of the stage", "train", "started again, it goes on from the newest checkpoint")
+def test_the_stage_is_started_twice_and_killed(workspace, identical):
+    with workspace.started(workspace.call("train")) as process:
         process.until(lambda: [*workspace.path.glob("runs/train@*/*/driver.lease")])
         process.until(lambda: (workspace.run_directory("train") / "driver.lease").read_text())
         assert f"in use by process {process.popen.pid}: wait for it" in workspace.refused("train")
         process.until(newer(workspace, than=0))
         identical(same_checkpoints(workspace))
+        process.kill()
+    identical(same_checkpoints(workspace))
+    assert newest(workspace) < 48, "killed too late to show anything"
+
+
+@fault("kill -9 of rank 1", "train", "Ray Train starts the ranks anew, from the newest checkpoint")
+@fault("kill -9 of rank 0, which writes", "train", "the same")
+@fault("the disk is full", "train", "one line names the file and says to make room; started again, it goes on")
+def test_ranks_are_killed_and_the_disk_gets_full(workspace, fillable, identical):
+    runs, before = workspace.path / "runs", newest(workspace)
+    with (mounted(runs, "size=2g") if fillable else contextlib.nullcontext(),
+          workspace.started(workspace.call("train")) as process):
+        goes_on(process, workspace, before)
         for victim in (False, True):
             before, writer = newest(workspace), rank_0(workspace)
             (killed,) = (p for p in process.ray("RayTrainWorker") if (p.pid == writer) == victim)
@@ -47,9 +61,8 @@ def test_ranks_are_killed_and_the_disk_gets_full(workspace, fillable, identical)
 def test_sigterm(workspace, identical):
     before = newest(workspace)
     with workspace.started(workspace.call("train")) as process:
-        process.until(newer(workspace, than=before))
-        process.popen.send_signal(signal.SIGTERM)
-        process.has_stopped(f"step {newest(workspace)} is saved")
+        goes_on(process, workspace, before)
+        assert process.terminate() == f"step {newest(workspace)} is saved"
     identical(same_checkpoints(workspace))
 
 
@@ -58,26 +71,18 @@ def test_sigterm(workspace, identical):
 def test_the_controller_is_killed_and_a_checkpoint_damaged(workspace, identical):
     before = newest(workspace)
     with workspace.started(workspace.call("train")) as process:
-        process.until(newer(workspace, than=before))
+        goes_on(process, workspace, before)
         (controller,) = process.ray("TrainController")
         controller.kill()
         assert process.wait() == 1, process.printed()
         assert "Ray has failed" in process.last_line("train")
     identical(same_checkpoints(workspace))
-    damaged = workspace.run_directory("train") / f"checkpoints/step-{newest(workspace):08}.pt"
+    *_, before, last = checkpoints(workspace)
+    damaged = workspace.run_directory("train") / f"checkpoints/step-{last:08}.pt"
     flip(damaged)
-    with workspace.started(workspace.call("train")) as process:
-        process.until(lambda: f"{damaged} is not the checkpoint that was written" in process.printed())
-        assert damaged.with_suffix(".damaged").exists()
-        process.until(newer(workspace, than=before))
-        identical(same_checkpoints(workspace))
-        process.kill()
-
-
-@fault("kill -9 of the stage", "train", "started again, it goes on from the newest checkpoint")
-def test_the_stage_is_killed(workspace, identical):
-    """The test before has killed it."""
-    assert newest(workspace) < 48, "killed too late to show anything"
-    workspace.finish("train")
+    printed = workspace.finish("train")
+    assert f"{damaged} is not the checkpoint that was written (size or sha256 differs): put aside\n" in printed
+    assert f"training goes on from step {before}\n" in printed
+    assert damaged.with_suffix(".damaged").exists()
     same_checkpoints(workspace)
     identical(f"{workspace.same('train')} files")

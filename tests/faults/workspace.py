@@ -5,6 +5,7 @@ Only the branch of digits: weights, shard, reference, train, sample, evaluate.
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -158,18 +159,16 @@ class Process:
             time.sleep(0.01)
         return found
 
-    def has_stopped(self, kept):
-        """It ends as asked to, and says what is kept."""
-        assert self.wait() == 128 + signal.SIGTERM, self.printed()
-        line = self.printed().rstrip().splitlines()[-1]
-        assert line == f"stopped: {kept}, `dvc repro` goes on from there"
-
     def terminate(self):
-        """SIGTERM, of the process alone, which ends with its Ray and says that work is kept."""
+        """SIGTERM, of the process alone, which ends with its Ray -> what its last line says to be kept."""
         children = self.tree()
         self.popen.send_signal(signal.SIGTERM)
-        self.has_stopped("finished work is kept")
+        assert self.wait() == 128 + signal.SIGTERM, self.printed()
+        line = self.printed().rstrip().splitlines()[-1]
+        said = re.fullmatch("stopped: (.+), `dvc repro` goes on from there", line)
+        assert said, line
         assert not psutil.wait_procs(children, PATIENCE)[1]
+        return said[1]
 
     def kill(self):
         """kill -9, of the process alone; its Ray, which notices, is given the time to end."""

@@ -62,7 +62,9 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_taken(checkpoints,
     path = checkpoints.path(20)
     path.write_bytes(damage(path.read_bytes()))
     assert checkpoints.newest() == 10
-    assert b"step-00000020.pt is not the checkpoint that was written" in checkpoints.store.read(module.NOTES)
+    notes = checkpoints.store.read(module.NOTES).decode()
+    assert "step-00000020.pt is not the checkpoint that was written" in notes
+    assert notes.endswith("training goes on from step 10\n")
     assert checkpoints.steps() == [10] and path.with_suffix(".damaged").exists()
 
 
@@ -73,6 +75,7 @@ def test_a_damaged_description_is_no_checkpoint(checkpoints, content):
     with pytest.raises(StorageError, match="damaged or missing"):
         checkpoints.local(10)
     assert checkpoints.newest() is None
+    assert checkpoints.store.read(module.NOTES).endswith(b"training goes on from step 0\n")
 
 
 def test_a_file_without_its_description_is_unfinished(checkpoints):
