@@ -81,7 +81,7 @@ def create_state(denoiser: DenoiserConfig | TextDenoiserConfig, objective: Objec
         projector = repa_projector(denoiser.width, objective.dino.width, objective.config.repa_hidden)
     trained = WithProjector(model, projector, block).to(device)
     o = optimizer
-    adamw = torch.optim.AdamW(trained.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
+    adamw = torch.optim.AdamW(trained.parameters(), o.lr, o.betas, weight_decay=o.weight_decay, fused=True)
     return TrainState(trained, ema_copy(trained.denoiser), adamw)
 
 
