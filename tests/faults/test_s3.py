@@ -1,5 +1,5 @@
-"""Training and drawing with storage on S3 that fails in between; tests/s3 has what each kind of failure does to a
-single object, a server that hangs too."""
+"""Packing, training and drawing with storage on S3 that fails in between; tests/s3 has what each kind of failure does
+to a single object, a server that hangs too."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ from pipeline import store
 from pipeline.storage import Storage, read_manifest
 from tests.e2e.workspace import edit
 from tests.faults.table import fault
+from tests.faults.test_sample import PARTS
 from tests.faults.workspace import Workspace, build_empty
 from tests.s3.proxy import error, reset, truncate
 
@@ -18,7 +19,7 @@ TOLD_ELSEWHERE = {"kind", "root", "files", "config", "versions", "hardware"}  # 
 
 @pytest.fixture
 def remote(workspace, s3, faults, tmp_path):
-    """A workspace whose weights and shards have gone to the bucket."""
+    """A workspace whose weights have gone to the bucket."""
     remote = Workspace(build_empty(tmp_path / "work"), workspace.kept)
     root = f"{s3.url}/store"
 
@@ -28,26 +29,33 @@ def remote(workspace, s3, faults, tmp_path):
 
     edit(remote.path, change)
     store.client.cache_clear()
-    for stage in ("weights", "shard"):
-        shutil.copytree(workspace.kept / remote.out(stage).relative_to(remote.path), remote.out(stage))
-        manifest = read_manifest(remote.out(stage), None)
-        facts = {name: value for name, value in manifest.items() if name not in TOLD_ELSEWHERE}
-        Storage(root).publish(remote.out(stage), manifest["kind"], manifest["config"], **facts)
+    shutil.copytree(workspace.kept / "out/weights", remote.out("weights"))
+    manifest = read_manifest(remote.out("weights"), None)
+    facts = {name: value for name, value in manifest.items() if name not in TOLD_ELSEWHERE}
+    Storage(root).publish(remote.out("weights"), manifest["kind"], manifest["config"], **facts)
     yield remote
     store.client.cache_clear()
 
 
 def same(workspace, output):
-    """What the manifest of an output lists, which is what that of the undisturbed run lists."""
+    """The number of files that the manifest of an output lists: those of the undisturbed run's."""
     here, kept = (json.loads((root / output / "manifest.json").read_text())["files"]
                   for root in (workspace.path, workspace.kept))
     assert here == kept
-    return f"{len(here)} files"
+    return len(here)
 
 
-@fault("S3: 503 SlowDown, broken connections, answers cut short", "train, sample", "asked again; the stage goes on")
+@fault("S3: 503 SlowDown, broken connections, answers cut short", "shard, train, sample",
+       "asked again; the stage goes on")
 @fault("S3: the credentials expire", "train", "one line says to renew them; started again, it goes on")
 def test_s3(remote, faults, identical):
+    faults.add(error(503, "SlowDown"), "PUT", "/objects/", times=2)
+    faults.add(reset, "PUT", "/reports/", times=2, after=3)
+    faults.add(truncate, "GET", "/reports/", times=2)
+    remote.finish("shard")
+    packed = same(remote, "out/shard/digits")
+    assert faults.count("PUT", "/reports/") > 2
+    faults.clear()
     faults.add(error(503, "SlowDown"), "PUT", "/checkpoints/", times=2)
     faults.add(reset, "PUT", "/checkpoints/", times=2, after=3)
     faults.add(truncate, "GET", "/objects/", times=4)
@@ -63,6 +71,6 @@ def test_s3(remote, faults, identical):
     faults.add(reset, "PUT", "/part-", times=2, after=3)
     faults.add(truncate, "GET", "/part-", times=2)
     remote.finish("sample")
-    assert faults.count("PUT", "/part-") == 20 + 4 and faults.count("GET", "/part-") == 20 + 2
-    identical(same(remote, "out/sample/c2i"))
-    identical(expired)
+    assert faults.count("PUT", "/part-") == PARTS + 4 and faults.count("GET", "/part-") == PARTS + 2
+    identical(f"{packed + expired + same(remote, 'out/sample/c2i')} files")
+    identical(f"{expired} files")

@@ -10,7 +10,7 @@ from tests.faults.table import fault
 from tests.faults.workspace import PATIENCE, UNFILLED, fill, flip, make_room, mounted
 
 STAGE = "sample"
-PARTS = 20
+PARTS = 30
 DVC = ["dvc", "repro", "--single-item", "sample@c2i"]
 
 
@@ -27,6 +27,7 @@ def more(workspace):
 @fault("kill -9 of `dvc repro`", "sample", "the next one stops the stage that was left over, and goes on")
 @fault("the disk is full", "sample", "one line names the file and says to make room; started again, it goes on")
 @fault("SIGTERM, as before a machine is taken away", "sample", "exit status 143; started again, it goes on")
+@fault("kill -9 of the stage", "sample", "started again, it goes on with the images that are not drawn")
 @fault("kill -9 of an actor", "sample", "Ray Data does its part again")
 @fault("a flipped bit in a finished part", "sample", "one line names it; started again, it alone is redone")
 def test_sample(workspace, fillable, identical):
@@ -63,6 +64,10 @@ def test_sample(workspace, fillable, identical):
         assert process.terminate() == "finished work is kept"
     with workspace.started(workspace.call("sample")) as process:
         process.until(more(workspace))
+        process.kill()
+    assert len(parts(workspace)) < PARTS, "killed too late to show anything"
+    with workspace.started(workspace.call("sample")) as process:
+        process.until(more(workspace))
         process.ray("MapWorker")[0].kill()
         assert process.wait() == 0, process.printed()
     files = workspace.same("sample")
@@ -73,5 +78,5 @@ def test_sample(workspace, fillable, identical):
     assert workspace.same("sample") == files
     if not fillable:
         pytest.skip(UNFILLED)
-    for _ in range(6):
+    for _ in range(7):
         identical(f"{files} files")

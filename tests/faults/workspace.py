@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -32,16 +33,17 @@ def tiny(params):
     c2i["fit"] |= {"steps": 48, "batch_size": 16, "checkpoint_every": 3, "keep_every": 3, "log_every": 2,
                    "grid_every": 24}  # checkpoints stay, so that each can be compared
     c2i["grid_sampler"]["steps"] = 2
-    params["sample"]["c2i"] |= {"per_prompt": 4, "part_size": 2}
+    params["sample"]["c2i"] |= {"per_prompt": 6, "part_size": 2}
     params["sample"]["c2i"]["sampler"] |= {"name": "euler", "steps": 3}
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """`path` is where faults happen; `kept` holds what the undisturbed stages made."""
+    """`path` is where faults happen; `kept` holds what the undisturbed stages made. `stages` as in `STAGES`."""
 
     path: Path
     kept: Path
+    stages: Mapping[str, list[str]] = field(default_factory=lambda: STAGES)
 
     def run_directory(self, stage):
         """The one of a stage that has been started."""
@@ -49,7 +51,7 @@ class Workspace:
         return found
 
     def out(self, stage):
-        return self.path / "out" / stage / "/".join(STAGES[stage])
+        return self.path / "out" / stage / "/".join(self.stages[stage])
 
     def forget(self, stage):
         """Let a stage be as if it had never run."""
@@ -64,7 +66,7 @@ class Workspace:
             shutil.copytree(self.kept / path.relative_to(self.path), path)
 
     def call(self, stage):
-        return [sys.executable, "-m", f"pipeline.stages.{stage}", *STAGES[stage]]
+        return [sys.executable, "-m", f"pipeline.stages.{stage}", *self.stages[stage]]
 
     def finish(self, stage):
         """Run a stage to its end -> what it printed."""
@@ -104,7 +106,7 @@ class Workspace:
             elif path.is_file():
                 found[path.relative_to(root).as_posix()] = digest(path)
         if stage == "evaluate":
-            found["metrics"] = (root / "metrics/fid.json").read_text()
+            found["metrics"] = (root / "metrics" / f"{self.stages[stage][0]}.json").read_text()
         return found
 
     def same(self, stage):
@@ -178,10 +180,10 @@ class Process:
         assert not psutil.wait_procs(children, PATIENCE)[1]
 
 
-def build_empty(path):
+def build_empty(path, change=tiny):
     """A workspace in which nothing has run yet."""
     path.mkdir()
-    make(path, tiny)
+    make(path, change)
     local = (path / "clusters/local.yaml").read_text()
     (path / "clusters/frail.yaml").write_text(local.replace("max_failures: 2", "max_failures: 0"))
     subprocess.run([sys.executable, "-m", "pipeline.params"], cwd=path, env=environment(path), check=True)
@@ -193,9 +195,14 @@ def build(path):
     workspace = Workspace(build_empty(path / "work"), path / "kept")
     for stage in STAGES:
         workspace.finish(stage)
+    keep(workspace)
+    return workspace
+
+
+def keep(workspace):
+    """Take what is there for what undisturbed stages made."""
     for name in ("out", "runs", "metrics"):
         shutil.copytree(workspace.path / name, workspace.kept / name)
-    return workspace
 
 
 def flip(path):
