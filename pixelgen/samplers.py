@@ -94,10 +94,12 @@ def adams_bashforth(v: Velocity, noise: Tensor, times: Tensor, callback: Callbac
 
 
 def adams_weights(nodes: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """Weights (k,) of velocities at `nodes`: means over [start, end] of their Lagrange polynomials, in float64."""
+    """Weights (k,) of velocities at `nodes`: means over [start, end] of their Lagrange polynomials. In float64 and on
+    the CPU, wherever the nodes are."""
+    nodes, start, end = (v.double().cpu() for v in (nodes, start, end))
     # In s = (t - start)/(end - start) the mean of s^j is 1/(j+1), so that Vᵀ·w = (1, 1/2, …, 1/k) with V the
     # Vandermonde matrix of the nodes: the weights integrate every polynomial of degree below k exactly.
-    s = (nodes.double() - start.double()) / (end.double() - start.double())
+    s = (nodes - start) / (end - start)
     powers = torch.arange(len(nodes), dtype=torch.float64)
     return torch.linalg.solve(s[None] ** powers[:, None], 1 / (powers + 1))
 

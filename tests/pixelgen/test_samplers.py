@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from pixelgen.config import SamplerConfig
 from pixelgen.path import shift_time
@@ -98,6 +99,14 @@ def test_guidance_is_linear_between_the_conditions():
     for g in (0.0, 0.5, 2.0, 4.0):
         torch.testing.assert_close(guided(g)[0], null + g * (conditional - null))
     torch.testing.assert_close(guided(3.0, null=CONDITION)[0], conditional)
+
+
+def test_adams_weights_are_found_for_times_on_any_device():
+    """Times that lie on a GPU, in a tracer that knows of devices and needs none."""
+    with FakeTensorMode():
+        nodes = torch.empty(3, device="cuda")
+        weights = adams_weights(nodes, nodes[2], nodes[1])
+        assert (weights.device.type, weights.to(nodes).device.type) == ("cpu", "cuda")
 
 
 def test_guidance_acts_above_the_low_end_and_up_to_the_high_one():
