@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 from torch.nn.parallel import DistributedDataParallel
 
 from pixelgen.config import DenoiserConfig, FitConfig, OptimizerConfig, TextDenoiserConfig, require
@@ -186,9 +187,14 @@ def fit(state: TrainState, batches: Iterator[Sequence[LaneBatch]], objective: Ob
         return
     model: nn.Module = state.model
     if config.compile:
+        # the balance of gradients keeps the graph of a backward pass, which must not have given its buffers away
+        functorch.donated_buffer = objective.config.balance_start is None
         state.model.denoiser.compile()
     if world_size() > 1:
-        model = DistributedDataParallel(state.model, broadcast_buffers=False)  # they are tables that never change
+        # Buffers are tables that never change. Gradients are put into other buckets after the first step, unless unused
+        # parameters are looked for: three ranks or more would then round otherwise after a resume than without one.
+        exact = state.model.denoiser.output_weight.device.type == "cpu"
+        model = DistributedDataParallel(state.model, broadcast_buffers=False, find_unused_parameters=exact)
     started, first = time.perf_counter(), state.step
     for lanes in batches:
         assert all(b.step == state.step for b in lanes), f"batches out of step {state.step}: {[b.step for b in lanes]}"

@@ -15,6 +15,7 @@ import torch.multiprocessing
 from pixelgen.checkpoint import load_state, save_state
 from pixelgen.config import ObjectiveConfig, OptimizerConfig
 from pixelgen.ema import ema_copy, ema_update
+from pixelgen.models.jit import JiT
 from pixelgen.objective import Objective
 from pixelgen.train import (
     LaneBatch,
@@ -110,18 +111,19 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     assert_same_state(resumed, whole)
 
 
-def rank(index, work, directory):
-    """One of two ranks: writes what `work` makes of its half of the lanes."""
+def rank(index, work, directory, world):
+    """One of the ranks: writes what `work` makes of its share of the lanes."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{directory}/rendezvous", rank=index, world_size=2)
-    torch.save(work(range(index * 2, index * 2 + 2)), directory / f"rank{index}.pt")
+    dist.init_process_group("gloo", f"file://{directory}/rendezvous", rank=index, world_size=world)
+    share = 4 // world
+    torch.save(work(range(index * share, (index + 1) * share)), directory / f"rank{index}.pt")
     dist.destroy_process_group()
 
 
-def on_two_ranks(work, directory):
-    """What `work` makes of the lanes of either rank."""
-    torch.multiprocessing.start_processes(rank, (work, directory), nprocs=2, start_method="fork")  # nothing to import
-    return [torch.load(directory / f"rank{i}.pt") for i in range(2)]
+def on_ranks(world, work, directory):
+    """What `work` makes of the lanes of each rank."""
+    torch.multiprocessing.start_processes(rank, (work, directory, world), world, start_method="fork")  # no imports
+    return [torch.load(directory / f"rank{i}.pt") for i in range(world)]
 
 
 def train_three_steps(lanes):
@@ -130,10 +132,35 @@ def train_three_steps(lanes):
 
 
 def test_the_number_of_ranks_changes_nothing(tmp_path):
-    first, second = on_two_ranks(train_three_steps, tmp_path)
+    first, second = on_ranks(2, train_three_steps, tmp_path)
     assert first["state"]["percept_weight"] == second["state"]["percept_weight"] != 1
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     torch.testing.assert_close(first, train_three_steps(range(4)), rtol=1e-5, atol=1e-6)
+
+
+def resume_after_two_steps(lanes):
+    whole, half, resumed = fresh_state(), fresh_state(), fresh_state(seed=9)
+    train(whole, 5, lanes)
+    train(half, 2, lanes)
+    resumed.load_state_dict(copy.deepcopy(half.state_dict()))
+    train(resumed, 5, lanes)
+    return {"whole": whole.state_dict(), "resumed": resumed.state_dict()}
+
+
+def test_three_ranks_go_on_with_the_same_bits(tmp_path):
+    """Three numbers have several sums: gradients have to be added in the same order before and after."""
+    for found in on_ranks(3, resume_after_two_steps, tmp_path):
+        torch.testing.assert_close(found["resumed"], found["whole"], rtol=0, atol=0)
+
+
+def test_a_compiled_model_gives_the_balance_too(monkeypatch):
+    """The balance needs a graph twice, after steps whose backward pass was compiled to use it once."""
+    monkeypatch.setattr(JiT, "compile", lambda self: torch.nn.Module.compile(self, backend="aot_eager"))
+    compiled, plain = fresh_state(), fresh_state()
+    goal = objective(balance_start=2)
+    train(compiled, 4, goal=goal, compile=True)
+    train(plain, 4, goal=goal)
+    assert compiled.percept_weight == pytest.approx(plain.percept_weight, rel=1e-4) != 1
 
 
 def test_lanes_are_seeded_apart():
@@ -199,7 +226,7 @@ def skip_one_and_stop_at_the_next(lanes):
 
 
 def test_ranks_skip_and_stop_together(tmp_path):
-    first, second = on_two_ranks(skip_one_and_stop_at_the_next, tmp_path)
+    first, second = on_ranks(2, skip_one_and_stop_at_the_next, tmp_path)
     assert first["error"] == second["error"] == (
         "step 3: loss, lpips, grad_norm not finite; no update was made. Samples by lane: {0: ['s3-0-0', 's3-0-1']} "
         "(on_nonfinite: skip(1), 1 skipped before)")
