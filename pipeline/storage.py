@@ -221,11 +221,16 @@ def read_sealed(store: Store, name: str) -> bytes:
     return data
 
 
+def read_location(location: str) -> bytes:
+    """The content of a file of an artifact, whatever it is. FileNotFoundError if there is none."""
+    root, _, name = location.rpartition(f"/{OBJECTS}/") if location.startswith("s3://") else ("", "", "")
+    return open_store(root).read(f"{OBJECTS}/{name}") if root else Path(location).read_bytes()
+
+
 def read_bytes(location: str, digest: str) -> bytes:
     """The content of a file of an artifact, by its location and sha256. StorageError if it is not that."""
-    root, _, name = location.rpartition(f"/{OBJECTS}/") if location.startswith("s3://") else ("", "", "")
     try:
-        data = open_store(root).read(f"{OBJECTS}/{name}") if root else Path(location).read_bytes()
+        data = read_location(location)
     except FileNotFoundError:
         raise StorageError(f"{location} is in the manifest but not there: delete the output it belongs to and run "
                            "`dvc repro`") from None

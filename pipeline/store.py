@@ -44,7 +44,7 @@ DISK_REMEDIES = {
     errno.ENOSPC: "make room on this disk",
     errno.EDQUOT: "make room within your quota on this disk",
     errno.EROFS: "make this file system writable",
-    errno.EACCES: "let this user write there",
+    errno.EACCES: "let this user read and write there",
     errno.EIO: "the disk fails: look at the kernel's log",
 }
 
@@ -105,6 +105,8 @@ def on_disk(path: Path) -> Iterator[None]:
     """What the disk refuses to whoever writes to `path`, as a StorageError that names it and the remedy."""
     try:
         yield
+    except StorageError:  # whoever raised it knows the place better
+        raise
     except Exception as error:
         code = refusal(error)
         if code is None:
@@ -173,16 +175,29 @@ class S3Store:
     def write(self, name: str, source: bytes | Path) -> None:
         with explained(self.uri(name)):
             if isinstance(source, Path) and source.stat().st_size > PART:
-                self._write_parts(self.key(name), source)
+                self._write_parts(name, source)
                 return
             data = source if isinstance(source, bytes) else source.read_bytes()
             client().put_object(Bucket=self.bucket, Key=self.key(name), Body=data, ContentMD5=md5(data))
 
-    def _write_parts(self, key: str, path: Path) -> None:
+    def uploads(self, prefix: str = "") -> list[tuple[str, str, datetime.datetime]]:
+        """Name, id and beginning of the uploads in parts that have not been completed."""
+        start = len(self.key(""))
+        with explained(self.uri(prefix)):
+            pages = client().get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket,
+                                                                              Prefix=self.key(prefix))
+            return [(upload["Key"][start:], upload["UploadId"], upload["Initiated"])
+                    for page in pages for upload in page.get("Uploads", [])]
+
+    def abort(self, name: str, upload: str) -> None:
+        """Give up an upload and delete its parts."""
+        with explained(self.uri(name)):
+            client().abort_multipart_upload(Bucket=self.bucket, Key=self.key(name), UploadId=upload)
+
+    def _write_parts(self, name: str, path: Path) -> None:
         """Upload in parts; those that an interrupted upload of the same content has left are not sent again."""
-        where = {"Bucket": self.bucket, "Key": key}
-        listed = client().list_multipart_uploads(Bucket=self.bucket, Prefix=key).get("Uploads", [])
-        unfinished = [upload["UploadId"] for upload in listed if upload["Key"] == key]
+        where = {"Bucket": self.bucket, "Key": self.key(name)}
+        unfinished = [upload for unfinished, upload, _ in self.uploads(name) if unfinished == name]
         where["UploadId"] = unfinished[-1] if unfinished else client().create_multipart_upload(**where)["UploadId"]
         pages = client().get_paginator("list_parts").paginate(**where) if unfinished else []
         sent = {part["PartNumber"]: part["ETag"] for page in pages for part in page.get("Parts", [])}
@@ -206,11 +221,13 @@ class S3Store:
             self._stream(name, file)
 
     def _stream(self, name: str, sink: IO[bytes]) -> None:
-        """Receive an object; where a connection breaks off, the next attempt goes on."""
+        """Receive an object; where a connection breaks off, the next attempt goes on. It is given up after so many in a
+        row that have brought nothing."""
         from botocore.exceptions import HTTPClientError, IncompleteReadError
 
         with explained(self.uri(name)):
-            for attempt in range(ATTEMPTS):
+            failures, reached = 0, 0
+            while True:
                 begin = {"Range": f"bytes={sink.tell()}-"} if sink.tell() else {}
                 try:
                     body = client().get_object(Bucket=self.bucket, Key=self.key(name), **begin)["Body"]
@@ -218,9 +235,10 @@ class S3Store:
                         sink.write(chunk)
                     return
                 except (HTTPClientError, IncompleteReadError):
-                    if attempt == ATTEMPTS - 1:
+                    failures, reached = 1 if sink.tell() > reached else failures + 1, sink.tell()
+                    if failures == ATTEMPTS:
                         raise
-                    time.sleep(min(0.1 * 2**attempt, 10))
+                    time.sleep(min(0.05 * 2**failures, 10))
 
     def size(self, name: str) -> int | None:
         return self.sizes(name).get(name)
@@ -266,7 +284,7 @@ def explained(uri: str) -> Iterator[None]:
         yield
     except ClientError as error:
         code = str(error.response.get("Error", {}).get("Code"))
-        if code == "NoSuchKey":
+        if code == "NoSuchKey" or (code == "404" and error.operation_name == "GetObject"):  # its body cut off
             raise FileNotFoundError(f"{uri} is not there") from error
         raise StorageError(f"{uri}: {error}; {REMEDIES.get(code, 'run again, finished work is kept')}") from error
     except BotoCoreError as error:
@@ -277,10 +295,14 @@ def explained(uri: str) -> Iterator[None]:
 def preflight(root: str) -> str:
     """Whether a run may rely on an S3 root: the bucket is there, what is written can be read and deleted, the clock is
     right -> a line about it. StorageError names what is wrong, within seconds."""
+    from botocore.exceptions import ClientError
+
     store = open_store(root)
     assert isinstance(store, S3Store)
     with explained(root):
         answer = client().head_bucket(Bucket=store.bucket)["ResponseMetadata"]["HTTPHeaders"]
+    versioning = "unknown"
+    with contextlib.suppress(ClientError):  # a permission of its own, which nothing else here needs
         versioning = client().get_bucket_versioning(Bucket=store.bucket).get("Status", "off").lower()
     if "date" in answer:
         there = datetime.datetime.strptime(answer["date"], "%a, %d %b %Y %H:%M:%S GMT").replace(tzinfo=datetime.UTC)

@@ -6,14 +6,16 @@ broken off. `--prune` shows those of them that have not been touched for a while
 """
 
 import argparse
+import contextlib
 import datetime
 import hashlib
 import json
 import re
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,8 @@ from tqdm import tqdm
 
 from pipeline.params import read_params
 from pipeline.runs import RUNS, in_use
-from pipeline.storage import MANIFEST, MANIFESTS, OBJECTS, Storage, object_name, read_bytes
-from pipeline.store import LocalStore, S3Store, StorageError, open_store
+from pipeline.storage import MANIFEST, MANIFESTS, OBJECTS, Storage, object_name, read_location
+from pipeline.store import LocalStore, S3Store, StorageError, on_disk, open_store
 from pixelgen.config import ConfigError
 
 OUT = Path("out")
@@ -31,11 +33,18 @@ DAYS = 7.0  # without a change, before something may be pruned: an interrupted r
 
 @dataclass
 class Found:
-    """What was compared, and what is wrong or left over."""
+    """What was compared, and what is wrong."""
 
     files: int = 0
     problems: list[str] = field(default_factory=list)
-    orphans: dict[str, datetime.datetime] = field(default_factory=dict)  # by location: when last touched
+
+
+@dataclass(frozen=True)
+class Orphan:
+    """What nothing refers to: when it was last touched, and how it is deleted."""
+
+    touched: datetime.datetime
+    delete: Callable[[], Any]
 
 
 def main() -> int:
@@ -45,70 +54,58 @@ def main() -> int:
     parser.add_argument("--yes", action="store_true", help="with --prune: delete it")
     arguments = parser.parse_args()
     try:
-        storage = Storage(read_params().storage.root)
-        found = verify(storage, arguments.sizes)
-        for problem in found.problems:
-            print(problem)
-        for location, touched in sorted(found.orphans.items()):
-            print(f"orphaned since {touched:%Y-%m-%d %H:%M}: {location}")
-        print(f"{found.files} files compared, {len(found.problems)} missing or changed, {len(found.orphans)} orphans")
-        if arguments.prune:
-            prune(storage.root, found.orphans, delete=arguments.yes)
+        with on_disk(OUT):
+            storage = Storage(read_params().storage.root)
+            found, left = verify(storage, arguments.sizes), orphans(storage)
+            for problem in found.problems:
+                print(problem)
+            for location, orphan in sorted(left.items()):
+                print(f"orphaned since {orphan.touched:%Y-%m-%d %H:%M}: {location}")
+            print(f"{found.files} files compared, {len(found.problems)} missing or changed, {len(left)} orphans")
+            if arguments.prune:
+                prune(storage, left, delete=arguments.yes)
     except (ConfigError, StorageError) as error:
         print(f"verify: {error}", file=sys.stderr)
         return 2
     return 1 if found.problems else 0
 
 
-def verify(storage: Storage, sizes: bool = False) -> Found:
-    """Compare all manifests, each file once, and look for what none of them refers to."""
-    found, manifests = Found(), dict[str, dict[str, Any]]()
+def read_manifests(storage: Storage) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """All manifests by where they are, and what is wrong with others. A storage root has a list of its own, which
+    covers every version and every workspace."""
+    manifests, problems = dict[str, dict[str, Any]](), list[str]()
     for path in sorted(OUT.rglob(MANIFEST)):
         try:
-            artifact = storage.open(path.parent, None)
+            manifests[path.parent.as_posix()] = storage.open(path.parent, None).manifest
         except StorageError as error:
-            found.problems.append(f"changed: {error}")
-            continue
-        manifests[str(path)] = artifact.manifest
-        files = LocalStore(path.parent)
-        if artifact["root"] is None:
-            for entry in tqdm(artifact["files"], desc=str(path.parent), leave=False):
-                compare(found, str(path.parent / entry["path"]), entry, sizes, files.size(entry["path"]))
+            problems.append(f"changed: {error}")
     if storage.root:
-        remote(storage.root, manifests, found, sizes)
-    runs = named_runs(manifests)
-    for folder in sorted(RUNS.glob("*@*/*")):
-        if folder.as_posix() not in runs and not in_use(folder):
-            found.orphans[str(folder)] = latest(p.stat().st_mtime for p in [folder, *folder.rglob("*")])
+        store = open_store(storage.root)
+        for name in store.sizes(f"{MANIFESTS}/"):
+            content = store.read(name)
+            if hashlib.sha256(content).hexdigest() in name:
+                manifests[f"{storage.root}/{name}"] = json.loads(content)
+            else:
+                problems.append(f"changed: {storage.root}/{name}")
+    return manifests, problems
+
+
+def verify(storage: Storage, sizes: bool = False) -> Found:
+    """Compare all manifests, each file once."""
+    manifests, problems = read_manifests(storage)
+    found = Found(problems=problems)
+    for place, manifest in manifests.items():
+        if manifest["root"] is None:
+            files = LocalStore(Path(place))
+            for entry in tqdm(manifest["files"], desc=place, leave=False):
+                compare(found, f"{place}/{entry['path']}", entry, sizes, files.size(entry["path"]))
+    if storage.root:
+        there = open_store(storage.root).sizes(f"{OBJECTS}/")
+        wanted = {object_name(entry["sha256"]): entry for manifest in manifests.values()
+                  if manifest["root"] == storage.root for entry in manifest["files"]}
+        for name, entry in tqdm(sorted(wanted.items()), desc=storage.root, leave=False):
+            compare(found, f"{storage.root}/{name}", entry, sizes, there.get(name))
     return found
-
-
-def remote(root: str, manifests: dict[str, dict[str, Any]], found: Found, sizes: bool) -> None:
-    """The same under a storage root, whose own list of manifests covers every version and every workspace."""
-    store = open_store(root)
-    assert isinstance(store, S3Store)
-    for name in store.sizes(f"{MANIFESTS}/"):
-        content = store.read(name)
-        if hashlib.sha256(content).hexdigest() not in name:
-            found.problems.append(f"changed: {root}/{name}")
-        else:
-            manifests[f"{root}/{name}"] = json.loads(content)
-    objects = store.listing(f"{OBJECTS}/")
-    wanted = {object_name(entry["sha256"]): entry for manifest in manifests.values() if manifest["root"] == root
-              for entry in manifest["files"]}
-    for name, entry in tqdm(sorted(wanted.items()), desc=root, leave=False):
-        compare(found, f"{root}/{name}", entry, sizes, objects[name][0] if name in objects else None)
-    runs = named_runs(manifests)
-    states: dict[str, list[datetime.datetime]] = {}
-    reported: set[str] = set()  # of unfinished shard stages: their shards have arrived, their manifest has not
-    for name, (_, touched) in store.listing("runs/").items():
-        if run := re.match(r"runs/[^/]+@[^/]+/[0-9a-f]{16}(?=/)", name):  # others make markers of folders, like runs/
-            states.setdefault(run[0], []).append(touched)
-        if "/reports/" in name:
-            reported |= {object_name(h) for h in re.findall(r"\b[0-9a-f]{64}\b", store.read(name).decode())}
-    found.orphans |= {f"{root}/{run}": max(touched) for run, touched in states.items() if run not in runs}
-    found.orphans |= {f"{root}/{name}": touched for name, (_, touched) in objects.items()
-                      if name not in wanted and name not in reported}
 
 
 def compare(found: Found, location: str, entry: dict[str, Any], sizes: bool, size: int | None) -> None:
@@ -118,34 +115,69 @@ def compare(found: Found, location: str, entry: dict[str, Any], sizes: bool, siz
         found.problems.append(f"missing: {location} ({entry['path']}, {entry['size']} bytes)")
     elif size != entry["size"]:
         found.problems.append(f"changed: {location} ({entry['path']}) has {size} bytes instead of {entry['size']}")
-    elif not sizes:
-        try:
-            read_bytes(location, entry["sha256"])
-        except StorageError:
-            found.problems.append(f"changed: {location} ({entry['path']}) has other content")
+    elif not sizes and hashlib.sha256(read_location(location)).hexdigest() != entry["sha256"]:
+        found.problems.append(f"changed: {location} ({entry['path']}) has other content")
 
 
-def prune(root: str | None, orphans: dict[str, datetime.datetime], delete: bool) -> None:
-    """Show what has been orphaned for long enough, or delete it."""
+def orphans(storage: Storage) -> dict[str, Orphan]:
+    """What no manifest refers to, by where it is: run states that are not in use, and under a root objects and uploads
+    that were broken off. Nothing, if a manifest cannot be read: what it refers to would look like an orphan.
+
+    Manifests are read last: what a stage finishes meanwhile is in one of them.
+    """
+    found, kept = dict[str, Orphan](), set[str]()
+    for folder in sorted(RUNS.glob("*@*/*")):
+        if folder.is_dir() and not in_use(folder) and not in_use(folder.parent):
+            touched = latest(p.stat().st_mtime for p in [folder, *folder.rglob("*")])
+            found[folder.as_posix()] = Orphan(touched, partial(shutil.rmtree, folder))
+    if storage.root:
+        store = open_store(storage.root)
+        assert isinstance(store, S3Store)
+        states: dict[str, list[datetime.datetime]] = {}
+        for name, (_, touched) in store.listing("runs/").items():
+            if run := re.match(r"runs/[^/]+@[^/]+/[0-9a-f]{16}(?=/)", name):  # others make markers of folders: runs/
+                states.setdefault(run[0], []).append(touched)
+            if "/reports/" in name:  # of a shard stage at work: shards have arrived, their manifest has not
+                with contextlib.suppress(FileNotFoundError):  # it ends just now
+                    kept |= {f"{storage.root}/{object_name(digest)}"
+                             for digest in re.findall(r"\b[0-9a-f]{64}\b", store.read(name).decode())}
+        found |= {f"{storage.root}/{run}": Orphan(max(touched), partial(delete_all, store, f"{run}/"))
+                  for run, touched in states.items()}
+        found |= {f"{storage.root}/{name}": Orphan(touched, partial(store.delete, name))
+                  for name, (_, touched) in store.listing(f"{OBJECTS}/").items()}
+        found |= {f"{storage.root}/{name}, upload {upload}": Orphan(begun, partial(store.abort, name, upload))
+                  for name, upload, begun in store.uploads()}
+    manifests, problems = read_manifests(storage)
+    if problems:
+        print("orphans are not looked for: a manifest cannot be read, and nobody knows what it refers to")
+        return {}
+    for manifest in manifests.values():
+        if run := manifest.get("run"):
+            kept |= {run, f"{storage.root}/{run}"}
+        if manifest["root"]:
+            kept |= {f"{manifest['root']}/{object_name(entry['sha256'])}" for entry in manifest["files"]}
+    return {where: orphan for where, orphan in found.items() if where not in kept}
+
+
+def delete_all(store: S3Store, prefix: str) -> None:
+    for name in store.sizes(prefix):
+        store.delete(name)
+
+
+def prune(storage: Storage, found: dict[str, Orphan], delete: bool) -> None:
+    """Show what has been orphaned for long enough, or delete it, if it still is one: looking through everything may
+    have taken hours."""
     now = datetime.datetime.now(datetime.UTC)
-    old = [where for where, touched in sorted(orphans.items()) if now - touched > datetime.timedelta(days=DAYS)]
-    for where in old:
+    old = {where for where, orphan in found.items() if now - orphan.touched > datetime.timedelta(days=DAYS)}
+    if delete and old:
+        found = orphans(storage)
+        old &= found.keys()
+    for where in sorted(old):
         print(f"{'deleting' if delete else 'would delete'} {where}")
-        if not delete:
-            continue
-        if not where.startswith("s3://"):
-            shutil.rmtree(where)
-            continue
-        store = open_store(str(root))
-        for name in store.sizes(where.removeprefix(f"{root}/")):  # of a run its files, of an object itself
-            store.delete(name)
-    print(f"{len(old)} of {len(orphans)} orphans are older than {DAYS:g} days"
+        if delete:
+            found[where].delete()
+    print(f"{len(old)} of {len(found)} orphans are older than {DAYS:g} days"
           + ("" if delete or not old else "; --prune --yes deletes them"))
-
-
-def named_runs(manifests: dict[str, dict[str, Any]]) -> set[str]:
-    """The run directories from which the models of these manifests come."""
-    return {m["run"] for m in manifests.values() if m.get("run")}
 
 
 def latest(times: Iterable[float]) -> datetime.datetime:

@@ -14,6 +14,7 @@ from pipeline import storage as storage_module
 from pipeline import store as store_module
 from pipeline import verify as verify_module
 from pipeline.checkpoints import Checkpoints, writing
+from pipeline.runs import lease
 from pipeline.storage import MANIFEST, Storage, fresh_directory, read_bytes, read_sealed, write_sealed
 from pipeline.store import LocalStore, S3Store, StorageError, open_store, preflight, valid_root
 from pixelgen.checkpoint import read_state
@@ -174,6 +175,11 @@ def test_the_preflight_tells_what_is_wrong(s3, root, faults, monkeypatch):
         preflight(root)
 
 
+def test_versioning_may_be_nobody_s_business(root, faults):
+    faults.add(error(403, "AccessDenied"), path=r"\?versioning")
+    assert preflight(root) == f"{root} is writable, versioning unknown"
+
+
 def test_a_wrong_clock_is_noticed(root, monkeypatch):
     class Later(store_module.datetime.datetime):
         @classmethod
@@ -294,21 +300,60 @@ def test_verify_finds_orphans_and_prunes_only_old_ones(root, published, monkeypa
     for marker in ("runs/", "runs/train@c/"):  # which pyarrow leaves, and which must not stand for all below
         store.write(marker, b"")
     Path("runs/sample@c/fedcba9876543210").mkdir(parents=True)
+    (Path("runs/shard@c/driver.lease")).parent.mkdir()
+    Path("runs/shard@c/driver.lease").write_text("1 1.0")
     found = verify_module.verify(Storage(root))
+    left = verify_module.orphans(Storage(root))
     gone = [f"{root}/runs/train@c/fedcba9876543210", f"{root}/objects/cd/{'cd' * 32}", f"{root}/runs/shard@d/{run}",
             "runs/sample@c/fedcba9876543210"]
-    assert found.files == 2 and found.problems == [] and sorted(found.orphans) == sorted(gone)
+    assert found.files == 2 and found.problems == [] and sorted(left) == sorted(gone)
     before = store.sizes()
-    verify_module.prune(root, found.orphans, delete=True)
+    verify_module.prune(Storage(root), left, delete=True)
     assert store.sizes() == before and "0 of 4 orphans are older than 7 days" in capsys.readouterr().out
     monkeypatch.setattr(verify_module, "DAYS", -1.0)
-    verify_module.prune(root, found.orphans, delete=False)
+    verify_module.prune(Storage(root), left, delete=False)
     assert store.sizes() == before and f"would delete {gone[0]}" in capsys.readouterr().out
-    verify_module.prune(root, found.orphans, delete=True)
+    with lease(Path("runs/sample@c/fedcba9876543210/driver.lease"), patience=0):  # taken up again since
+        verify_module.prune(Storage(root), left, delete=True)
+    assert Path("runs/sample@c/fedcba9876543210").exists()
     assert before.keys() - store.sizes().keys() == {
         "runs/train@c/fedcba9876543210/curve.csv", storage_module.object_name("cd" * 32),
         f"runs/shard@d/{run}/reports/d-0.json"}
+    verify_module.prune(Storage(root), verify_module.orphans(Storage(root)), delete=True)
     assert not Path("runs/sample@c/fedcba9876543210").exists()
+
+
+def test_nothing_is_an_orphan_while_a_manifest_cannot_be_read(root, published, capsys):
+    """It may refer to anything: here to the only objects that there are."""
+    store = open_store(root)
+    (name,) = store.sizes("manifests/")
+    shutil.rmtree(published)
+    assert verify_module.orphans(Storage(root)) == {}
+    store.write(name, store.read(name).replace(b"model", b"modem"))
+    found = verify_module.verify(Storage(root))
+    assert found.problems == [f"changed: {root}/{name}"] and found.files == 0
+    assert verify_module.orphans(Storage(root)) == {}
+    assert "a manifest cannot be read" in capsys.readouterr().out
+
+
+def test_uploads_that_were_broken_off_are_orphans(root, published, parts, faults, monkeypatch):
+    store = open_store(root)
+    faults.add(error(403, "AccessDenied"), method="PUT", path="partNumber=3")
+    with pytest.raises(StorageError):
+        store.write("large", parts)
+    faults.clear()
+    ((name, upload, _),) = store.uploads()
+    left = verify_module.orphans(Storage(root))
+    assert name == "large" and list(left) == [f"{root}/large, upload {upload}"]
+    monkeypatch.setattr(verify_module, "DAYS", -1.0)
+    verify_module.prune(Storage(root), left, delete=True)
+    assert store.uploads() == []
+
+
+def test_storage_that_fails_is_not_taken_for_damage(root, published, faults):
+    faults.add(error(403, "ExpiredToken"), method="GET", path="/objects/")
+    with pytest.raises(StorageError, match="the credentials have expired"):
+        verify_module.verify(Storage(root))
 
 
 def test_a_damaged_part_is_made_again(store):
