@@ -24,6 +24,10 @@ FOLDER = "checkpoints"
 NOTES = "notes.txt"  # in the run's store: which checkpoint training goes on from, and why, for the driver to tell
 
 
+class Damaged(StorageError):
+    """A checkpoint is not what was written; a disk that is full or storage that fails is something else."""
+
+
 @dataclass(frozen=True)
 class Checkpoints:
     """The checkpoints of one run as any process sees them."""
@@ -42,13 +46,12 @@ class Checkpoints:
     def newest(self) -> int | None:
         """The newest step whose checkpoint is intact, for rank 0 before others read any; None if there is none.
         It is noted, and so are damaged ones, which are put aside: training ends at the same bits, a little later."""
-        for left in self.path(0).parent.glob(".*.partial"):  # of a writer that was killed
-            left.unlink()
+        self.sweep()
         notes, found = "", None
         for step in reversed(self.steps()):
             try:
                 self.local(step)
-            except StorageError as error:
+            except Damaged as error:
                 notes += f"{error}: put aside\n"
                 self.store.delete(f"{name_of(step)}.json")
                 with contextlib.suppress(FileNotFoundError):
@@ -62,13 +65,13 @@ class Checkpoints:
         return found
 
     def local(self, step: int) -> Path:
-        """The file of a step on this machine, fetched if need be. StorageError if it is not what was written."""
+        """The file of a step on this machine, fetched if need be. Damaged if it is not what was written."""
         name, path = name_of(step), self.path(step)
         try:
             entry = json.loads(self.store.read(f"{name}.json"))
             entry = {"size": entry["size"], "sha256": entry["sha256"]}
         except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
-            raise StorageError(f"{name}.json of {self.directory} is damaged or missing ({error})") from None
+            raise Damaged(f"{name}.json of {self.directory} is damaged or missing ({error})") from None
         path.parent.mkdir(parents=True, exist_ok=True)
         with one_at_a_time(path):
             if intact(path, entry):
@@ -78,7 +81,17 @@ class Checkpoints:
                     self.store.fetch(name, path)
                     if intact(path, entry):
                         return path
-        raise StorageError(f"{path} is not the checkpoint that was written (size or sha256 differs)")
+        raise Damaged(f"{path} is not the checkpoint that was written (size or sha256 differs)")
+
+    def sweep(self) -> None:
+        """Delete what a writer that was killed has left: files that nothing vouches for."""
+        steps, folder = {name_of(step) for step in self.steps()}, self.path(0).parent
+        for left in [*folder.glob(".*.partial"), *(p for p in folder.glob("step-*.pt") if f"{FOLDER}/{p.name}" not in
+                                                   steps)]:
+            left.unlink()
+        for name in self.store.sizes(f"{FOLDER}/step-"):
+            if name.endswith(".pt") and name not in steps:
+                self.store.delete(name)
 
     def prune(self, keep: int, every: int | None) -> None:
         """Delete all but the last `keep` checkpoints and those of every `every`th step."""

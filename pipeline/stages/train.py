@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import os
 import shutil
 import signal
 import sys
@@ -68,7 +69,7 @@ def main() -> None:
     params, storage = stage_params(whole.train, key, "train"), Storage(whole.storage.root)
     run = prepare(key, params, storage, read_cluster())
     with lease(run.directory / "driver.lease", patience=5):
-        if not run.done:
+        if not run.done or run.checkpoints.newest() != run.params.fit.steps:  # the last one may be damaged
             train(run)
         write_outputs(run, storage, OUT / key)
 
@@ -260,11 +261,14 @@ class Curve:
     def __init__(self, run: Run, step: int):
         self.path = run.directory / CURVE
         try:
-            header, *lines = run.store.read(CURVE).decode().splitlines()
-        except FileNotFoundError:
-            self.path.unlink(missing_ok=True)  # of a run that did not come to its first checkpoint
+            header, *lines = run.store.read(CURVE).decode(errors="replace").splitlines() or [""]
+        except FileNotFoundError:  # of a run that did not come to its first checkpoint
+            header, lines = "", []
+        if not header.startswith("step,"):  # nothing, or what a full disk or a power cut has left of it
+            self.path.unlink(missing_ok=True)
             return
-        kept = [header, *(line for line in lines if int(line.split(",")[0]) <= step)]
+        rows = (line.split(",") for line in lines if line.count(",") == header.count(","))
+        kept = [header, *(",".join(row) for row in rows if row[0].isdigit() and int(row[0]) <= step)]
         write_atomic(self.path, ("\n".join(kept) + "\n").encode())
 
     def append(self, metrics: dict[str, float]) -> None:
@@ -274,6 +278,8 @@ class Curve:
             if new:
                 writer.writerow(metrics)
             writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in metrics.values()])
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def draw_grid(run: Run, state: TrainState, text: TextEncoder | None) -> None:

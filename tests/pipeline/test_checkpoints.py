@@ -84,6 +84,32 @@ def test_a_file_without_its_description_is_unfinished(checkpoints):
     assert json.loads(description.read_text())["size"] == checkpoints.path(20).stat().st_size
     description.unlink()
     assert checkpoints.newest() == 10
+    assert not checkpoints.path(20).exists(), "nothing would ever delete it"
+
+
+class Far(LocalStore):
+    """A store that is elsewhere."""
+
+    far = True
+
+
+def test_what_an_earlier_life_has_left_on_another_machine_is_deleted(checkpoints, tmp_path):
+    save(checkpoints, 10, 20)
+    elsewhere = Checkpoints(tmp_path / "elsewhere", Far(tmp_path))
+    assert elsewhere.newest() == 20 and elsewhere.path(20).exists()
+    save(checkpoints, 30, 40, keep=2)
+    assert elsewhere.newest() == 40 and not elsewhere.path(20).exists()
+
+
+def test_a_full_disk_is_not_taken_for_damage(checkpoints, tmp_path, monkeypatch):
+    def full(self, name, target):
+        raise StorageError(f"{target}: No space left on device: make room on this disk")
+
+    save(checkpoints, 10, 20)
+    monkeypatch.setattr(Far, "fetch", full, raising=False)
+    with pytest.raises(StorageError, match="No space left"):
+        Checkpoints(tmp_path / "elsewhere", Far(tmp_path)).newest()
+    assert checkpoints.steps() == [10, 20] and checkpoints.newest() == 20
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_the_training(checkpoints, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pipeline import runs
+from pipeline.checkpoints import Checkpoints, writing
 from pipeline.params import read_params
 from pipeline.stages import train as stage
 from pipeline.storage import Storage, fresh_directory
@@ -115,3 +116,43 @@ def test_what_a_bad_number_stopped_goes_on_from_the_state_before_it(params, monk
     assert (last["step"], last["skipped"]) == (4, 1)
     rows = [line.split(",") for line in (tmp_path / "curve.csv").read_text().splitlines()]
     assert [row[rows[0].index("skipped")] for row in rows] == ["skipped", "0", "0", "0", "1"]
+
+
+@pytest.mark.parametrize(("left", "kept"), [
+    ("", ""), ("\0" * 40, ""), ("ste", ""),
+    ("step,loss,rate\n2,0.5,9\n4,0.4,9\n6,0.3,9\n", "step,loss,rate\n2,0.5,9\n4,0.4,9\n"),
+    ("step,loss,rate\n2,0.5,9\n4,0.", "step,loss,rate\n2,0.5,9\n"),
+    ("step,loss,rate\n2,0.5,9\n\0\0\0\0", "step,loss,rate\n2,0.5,9\n"),
+], ids=["empty", "zeros", "cut header", "whole", "cut line", "zeros at the end"])
+def test_a_curve_that_a_full_disk_or_a_power_cut_has_left_is_gone_on_with(params, tmp_path, left, kept):
+    (tmp_path / "curve.csv").write_text(left)
+    run = stage.Run(params, None, None, None, tmp_path, LocalStore(tmp_path), SimpleNamespace())
+    curve = stage.Curve(run, 4)
+    assert (curve.path.read_text() if curve.path.exists() else "") == kept
+    curve.append({"step": 5, "loss": 0.25, "rate": 9})
+    assert curve.path.read_text() == (kept or "step,loss,rate\n") + "5,0.25,9\n"
+
+
+def test_a_damaged_last_checkpoint_is_trained_again(params, monkeypatch, tmp_path):
+    """Else every start would end with it."""
+    checkpoints = Checkpoints(tmp_path, LocalStore(tmp_path))
+    run = stage.Run(params, None, None, None, tmp_path, checkpoints.store, SimpleNamespace())
+
+    def train(_):
+        with writing(checkpoints, 2, None) as writer:
+            for step in (2, 4):
+                writer.save(SimpleNamespace(step=step, state_dict=lambda: {"weight": torch.ones(9)}), {})
+        trained.append(checkpoints.steps())
+
+    trained: list = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(stage.sys, "argv", ["train", "c2i"])
+    monkeypatch.setattr(stage, "prepare", lambda *_: run)
+    monkeypatch.setattr(stage, "train", train)
+    monkeypatch.setattr(stage, "write_outputs", lambda run, *_: run.checkpoints.local(run.params.fit.steps))
+    stage.main()
+    stage.main()
+    assert trained == [[2, 4]]
+    checkpoints.path(4).write_bytes(b"damaged")
+    stage.main()
+    assert trained == [[2, 4], [2, 4]]
