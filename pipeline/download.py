@@ -6,8 +6,9 @@ import urllib.request
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from pipeline.store import StorageError
+from pipeline.store import StorageError, on_disk
 
 AGENT = {"User-Agent": "pixelgen"}
 TIMEOUT = 60.0  # seconds without an answer
@@ -19,7 +20,7 @@ def download(url: str, target: Path, remedy: str, most: int | None = None) -> No
     received = 0
     try:
         request = urllib.request.Request(url, headers=AGENT)
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, open(target, "wb") as file:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, on_disk(target), open(target, "wb") as file:
             while chunk := answer.read(1 << 20):
                 received += len(chunk)
                 if most is not None and received > most:
@@ -33,10 +34,13 @@ def download(url: str, target: Path, remedy: str, most: int | None = None) -> No
 
 
 class Stay(urllib.request.HTTPRedirectHandler):
-    """Follow no redirect: the Hub states a file's hash in the answer that leads to its storage."""
+    """Follow redirects on the same host alone, until a hash is stated: the Hub does so in the answer that leads to its
+    storage, which names files otherwise."""
 
-    def redirect_request(self, *_: Any) -> None:
-        return None
+    def redirect_request(self, request: Any, file: Any, code: int, message: str, headers: Any, url: str) -> Any:
+        if "X-Linked-Etag" in headers or urlsplit(url).netloc != request.host:
+            return None
+        return urllib.request.Request(url, headers=AGENT, method=request.get_method())
 
 
 def stated_hash(url: str, remedy: str) -> str:

@@ -92,7 +92,7 @@ FILES = {
     "lpips": [File("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")],
     "inception": [File("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/" + inception.FILE,
                        inception.SHA256)],
-    "mask2former": [File("https://download.openmmlab.com/mmdetection/v3.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_"
+    "mask2former": [File("https://download.openmmlab.com/mmdetection/v2.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_"
                          "8x2_50e_coco/" + detector.FILE, detector.SHA256)],
 }
 
@@ -125,8 +125,8 @@ def obtain(item: File, directory: str | None, target: Path) -> str:
     """Copy or download the file to `target` and return its sha256. StorageError if it is not the published one."""
     expected = item.sha256
     if directory is None:
-        remedy = (f"fetch {item.name} on another machine, put it into a folder and name that folder in "
-                  "weights.directory")
+        remedy = (f"fetch {item.name} on another machine, put it into FOLDER/{target.parent.name} and set "
+                  "weights.directory to FOLDER")
         expected = expected or stated_hash(item.url, remedy)
         download(item.url, target, remedy)
     else:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torchvision.models import vgg16
 
+from pipeline.download import download
 from pipeline.params import WeightsParams
 from pipeline.stages import weights
 from pipeline.store import StorageError
@@ -39,11 +41,13 @@ class Host(BaseHTTPRequestHandler):
         self.answer()
 
     def answer(self):
-        redirected = self.path.startswith("/hub/large")
-        self.send_response(302 if redirected else 200)
-        if redirected:  # to a storage that names the file otherwise
+        redirected = self.path.startswith(("/hub/large", "/hub/moved"))
+        self.send_response(307 if redirected else 200)
+        if self.path.startswith("/hub/large"):  # to a storage that names the file otherwise
             self.send_header("X-Linked-Etag", f'"{HASH}"')
             self.send_header("Location", "/storage")
+        elif redirected:
+            self.send_header("Location", "/hub/small")
         elif self.path.startswith("/hub/small"):
             self.send_header("ETag", f'"{BLOB}"')
         elif self.path.startswith("/hub/other"):
@@ -72,7 +76,7 @@ def test_a_download_is_checked_against_the_published_hash(host, tmp_path):
 
 
 def test_a_file_of_the_hub_is_checked_against_the_hash_its_host_states(host, tmp_path):
-    for size in ("large", "small"):
+    for size in ("large", "small", "moved"):
         assert weights.obtain(weights.File(f"{host}/hub/{size}/model.safetensors"), None, tmp_path / "a") == HASH
     with pytest.raises(StorageError, match=f"has hash {BLOB}, but {BLOB[::-1]}"):
         weights.obtain(weights.File(f"{host}/hub/other/config.json"), None, tmp_path / "a")
@@ -84,6 +88,11 @@ def test_a_file_of_the_hub_is_checked_against_the_hash_its_host_states(host, tmp
 def test_a_failed_download_says_what_to_do(host, tmp_path, path, says):
     with pytest.raises(StorageError, match=says):
         weights.obtain(weights.File(f"{host}/{path}/model.pth", HASH), None, tmp_path / "a")
+
+
+def test_a_full_disk_is_not_the_host_s_fault(host, tmp_path):
+    with pytest.raises(StorageError, match=r"^/dev/full: No space left on device: make room"):
+        download(f"{host}/model.pth", Path("/dev/full"), "a remedy")
 
 
 def test_a_missing_local_file_is_named(tmp_path):
@@ -128,6 +137,8 @@ def test_a_file_with_the_right_name_and_other_content_is_refused(folder, tmp_pat
         weights.obtain(VGG, str(folder), tmp_path / "lpips" / "vgg.pth")
     assert weights.FILES["inception"][0].sha256 == inception_module.SHA256
     assert weights.FILES["mask2former"][0].sha256 == "743b7d99"
+    assert "/mmdetection/v2.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco/" in weights.FILES[
+        "mask2former"][0].url, "where mmdet 2 has put it; its successor has other weights there"
 
 
 def test_every_network_has_files_and_the_demo_its_own():
