@@ -236,7 +236,7 @@ def lane_batches(plan: Plan, lanes: Sequence[int], start: int, stop: int, device
     """
     import ray
 
-    task = ray.remote(num_cpus=0.25)(load_window)
+    task = ray.remote(num_cpus=0)(load_window)  # or it would wait for ever where the ranks take every processor
     todo, shared = plan.windows(start, stop), ray.put(plan)  # sent once: a large dataset has a long plan
     ahead = deque(task.remote(shared, lanes, step, stop) for step in itertools.islice(todo, READ_AHEAD))
     while ahead:
