@@ -16,6 +16,8 @@ import psutil
 import pytest
 
 from pipeline.cluster import LOCAL_ENVIRONMENT
+from pipeline.storage import read_manifest
+from tests.faults.workspace import build_empty
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"
@@ -83,3 +85,16 @@ def test_a_job_needs_the_token(head, tmp_path):
             break
         time.sleep(1)
     assert done.returncode == 0 and "it ran\n" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_stage_runs_as_a_job(head, tmp_path):
+    """As the README submits it: in a checkout that the cluster sees, on the Ray that is there."""
+    _, address, environment, _ = head
+    workspace = build_empty(tmp_path / "work")
+    local = (workspace / "clusters/local.yaml").read_text()
+    (workspace / "clusters/joined.yaml").write_text(local.replace("address: null", "address: auto"))
+    stage = f"cd {workspace} && PIXELGEN_CLUSTER=joined {sys.executable} -m pipeline.stages.shard digits"
+    done = subprocess.run([RAY, "job", "submit", "--address", address, "--", "bash", "-c", stage],
+                          env=environment, cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == 0 and "part 1 of " in done.stdout, done.stdout + done.stderr
+    assert read_manifest(workspace / "out/shard/digits", "dataset")["quarantined"] == 0
