@@ -46,13 +46,14 @@ class Lpips(nn.Module):
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = self._features(targets)
+            wanted = self.features(targets)
         distance = images.new_zeros(len(images))
-        for a, b, linear in zip(self._features(images), wanted, self.metric.lins, strict=True):  # type: ignore
+        for a, b, linear in zip(self.features(images), wanted, self.metric.lins, strict=True):  # type: ignore
             distance = distance + linear((a - b).square()).mean(dim=(1, 2, 3))
         return distance
 
-    def _features(self, images: Tensor) -> list[Tensor]:
+    def features(self, images: Tensor) -> list[Tensor]:
+        """What each of the trunk's layers says of images (B, 3, H, W), as (B, C, h, w) with channels of unit length."""
         layers = self.metric.net(self.metric.scaling_layer(images))  # type: ignore[operator]
         return [unit(f.float()) for f in layers]
 
