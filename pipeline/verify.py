@@ -3,6 +3,7 @@
 `python -m pipeline.verify` reads every file of every manifest, in `out/` and under the storage root, and says what is
 missing or changed. It also lists orphans: run states and objects that no manifest refers to, and uploads that were
 broken off. `--prune` shows those of them that have not been touched for a while, `--prune --yes` deletes them.
+Do not do that while a stage starts: it might find an old object there, and not send it again.
 """
 
 import argparse
