@@ -158,7 +158,7 @@ class Process:
         while not (found := condition()):
             assert self.popen.is_running() and self.popen.status() != psutil.STATUS_ZOMBIE, self.printed()
             assert time.monotonic() < deadline, self.printed()
-            time.sleep(0.01)
+            time.sleep(0.002)
         return found
 
     def terminate(self):
@@ -174,6 +174,7 @@ class Process:
 
     def kill(self):
         """kill -9, of the process alone; its Ray, which notices, is given the time to end."""
+        self.popen.suspend()  # finding the children takes longer than the end of a short stage
         children = self.tree()
         self.popen.send_signal(signal.SIGKILL)
         self.popen.wait(PATIENCE)
@@ -238,7 +239,12 @@ def mounted(path, options):
 
 def fill(path):
     """Let a mounted file system have no room left."""
-    subprocess.run(["mount", "-o", f"remount,size={shutil.disk_usage(path).used}", path], check=True)
+    for _ in range(100):  # it cannot become smaller than what has been written since one looked
+        size = shutil.disk_usage(path).used
+        done = subprocess.run(["mount", "-o", f"remount,size={size}", path], capture_output=True)
+        if done.returncode == 0:
+            return
+    raise RuntimeError(f"{path} cannot be made full: {done.stderr!r}")
 
 
 def make_room(path):
