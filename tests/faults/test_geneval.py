@@ -45,15 +45,6 @@ def geneval(workspace, tmp_path_factory):
     return geneval
 
 
-def parts(workspace):
-    return sorted(workspace.path.glob("runs/evaluate@geneval/*/part-*.jsonl"))
-
-
-def more(workspace):
-    before = len(parts(workspace))
-    return lambda: len(parts(workspace)) > before
-
-
 @fault("SIGTERM, as before a machine is taken away", "evaluate (GenEval)", "exit status 143; started again, it goes on")
 @fault("kill -9 of the stage", "evaluate (GenEval)", "started again, it goes on with the images that are not judged")
 @fault("kill -9 of an actor", "evaluate (GenEval)", "Ray Data does its part again")
@@ -61,23 +52,23 @@ def more(workspace):
        "one line names it; started again, it alone is redone")
 def test_geneval(geneval, identical):
     with geneval.started(geneval.call("evaluate")) as process:
-        process.until(more(geneval))
+        process.until(geneval.more_parts("evaluate"))
         assert process.terminate() == "finished work is kept"
     with geneval.started(geneval.call("evaluate")) as process:
-        process.until(more(geneval))
+        process.until(geneval.more_parts("evaluate"))
         process.kill()
     with geneval.started(geneval.call("evaluate")) as process:
-        process.until(more(geneval))
-        before = parts(geneval)
+        process.until(geneval.more_parts("evaluate"))
+        before = geneval.parts("evaluate")
         assert len(before) < PARTS, "killed too late to show anything"
         written = {path: path.stat().st_mtime_ns for path in before}
         process.until(lambda: process.ray("MapWorker"))[0].kill()
         assert process.wait() == 0, process.printed()
     files = geneval.same("evaluate")
     assert all(path.stat().st_mtime_ns == time for path, time in written.items()), "finished parts are not redone"
-    flip(parts(geneval)[3])
+    flip(geneval.parts("evaluate")[3])
     assert "part-000036.jsonl of" in (line := geneval.refused("evaluate")) and "redo it alone" in line
-    assert len(parts(geneval)) == PARTS - 1
+    assert len(geneval.parts("evaluate")) == PARTS - 1
     geneval.finish("evaluate")
     assert geneval.same("evaluate") == files
     for _ in range(4):

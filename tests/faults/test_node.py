@@ -61,7 +61,7 @@ def test_a_node_is_lost_in_sampling(workspace, cluster, identical):
         return [p for p in psutil.Process(raylet(node)).children() if p.cmdline()[0].startswith("ray::MapWorker")]
 
     with workspace.started(workspace.call("sample"), "four") as process:
-        process.until(lambda: [*workspace.path.glob("runs/sample@c2i/*/part-*.npy")])
+        process.until(workspace.more_parts("sample"))
         lost = max(cluster.worker_nodes, key=lambda node: len(actors(node)))
         assert actors(lost), "too late to show anything"
         cluster.remove_node(lost, allow_graceful=False)

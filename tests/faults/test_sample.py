@@ -14,15 +14,6 @@ PARTS = 30
 DVC = ["dvc", "repro", "--single-item", "sample@c2i"]
 
 
-def parts(workspace):
-    return sorted(workspace.path.glob("runs/sample@c2i/*/part-*.npy"))
-
-
-def more(workspace):
-    before = len(parts(workspace))
-    return lambda: len(parts(workspace)) > before
-
-
 @fault("two `dvc repro` at once", "sample", "the second names the first, and ends")
 @fault("kill -9 of `dvc repro`", "sample", "the next one stops the stage that was left over, and goes on")
 @fault("the disk is full", "sample", "one line names the file and says to make room; started again, it goes on")
@@ -36,11 +27,11 @@ def test_sample(workspace, fillable, identical):
         if fillable:
             stack.enter_context(mounted(runs, "size=2g"))
         first = stack.enter_context(workspace.started(DVC))
-        first.until(more(workspace))
+        first.until(workspace.more_parts("sample"))
         actors = first.ray("MapWorker")
         for actor in actors:
             actor.suspend()  # so that the first is still at work when the others come
-        assert len(parts(workspace)) < PARTS, "too late to show anything"
+        assert len(workspace.parts("sample")) < PARTS, "too late to show anything"
         with workspace.started(DVC) as second:
             assert second.wait() != 0
             assert f"(PID {first.popen.pid})" in second.printed()
@@ -60,20 +51,20 @@ def test_sample(workspace, fillable, identical):
                 assert re.search(told, third.printed())
                 make_room(runs)
     with workspace.started(workspace.call("sample")) as process:
-        process.until(more(workspace))
+        process.until(workspace.more_parts("sample"))
         assert process.terminate() == "finished work is kept"
     with workspace.started(workspace.call("sample")) as process:
-        process.until(more(workspace))
+        process.until(workspace.more_parts("sample"))
         process.kill()
-    assert len(parts(workspace)) < PARTS, "killed too late to show anything"
+    assert len(workspace.parts("sample")) < PARTS, "killed too late to show anything"
     with workspace.started(workspace.call("sample")) as process:
-        process.until(more(workspace))
+        process.until(workspace.more_parts("sample"))
         process.ray("MapWorker")[0].kill()
         assert process.wait() == 0, process.printed()
     files = workspace.same("sample")
-    flip(parts(workspace)[3])
+    flip(workspace.parts("sample")[3])
     assert "part-000003.npy of" in (line := workspace.refused("sample")) and "redo it alone" in line
-    assert len(parts(workspace)) == PARTS - 1
+    assert len(workspace.parts("sample")) == PARTS - 1
     workspace.finish("sample")
     assert workspace.same("sample") == files
     if not fillable:

@@ -53,6 +53,15 @@ class Workspace:
     def out(self, stage):
         return self.path / "out" / stage / "/".join(self.stages[stage])
 
+    def parts(self, stage):
+        """The finished parts of a stage's run."""
+        return sorted(self.path.glob(f"runs/{stage}@*/*/part-*"))
+
+    def more_parts(self, stage):
+        """Tells whether there are more of them than now."""
+        before = len(self.parts(stage))
+        return lambda: len(self.parts(stage)) > before
+
     def forget(self, stage):
         """Let a stage be as if it had never run."""
         for path in (self.out(stage), *self.path.glob(f"runs/{stage}@*")):
