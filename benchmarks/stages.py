@@ -9,6 +9,7 @@ same of other rendered scenes, as they are, and brought down to the first stage'
 """
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from torch.nn import functional as F
 from pipeline.datasets import scenes
 from pipeline.judges import load_judges
 from pipeline.params import Params, read_params
-from pixelgen.config import SamplerConfig
 from pixelgen.encoders.lpips import load_lpips
 from pixelgen.generate import PixelGen
 from pixelgen.images import to_float
@@ -48,9 +48,10 @@ def main() -> None:
     print(f"{len(prompts)} images a stage\n| stage | overall | {' | '.join(TAGS)} | right | edge | distance |")
     print("|" + "---|" * (len(TAGS) + 5))
     for stage in arguments.stages:
-        row(stage, enlarged(drawn(stage, whole, prompts), size), prompts, reference)
+        row(stage, resized(drawn(stage, whole, prompts), size), prompts, reference)
     row("rendered", other, prompts, reference)
-    row(f"rendered, {small} px", enlarged(resized(other, small), size), prompts, reference)
+    shrunk = resized(other, small, Image.Resampling.BOX)
+    row(f"rendered, {small} px", resized(shrunk, size), prompts, reference)
 
 
 def rendered(prompts: list[scenes.Prompt], size: int, rng: np.random.Generator) -> np.ndarray:
@@ -59,19 +60,13 @@ def rendered(prompts: list[scenes.Prompt], size: int, rng: np.random.Generator) 
 
 def drawn(stage: str, whole: Params, prompts: list[scenes.Prompt]) -> np.ndarray:
     """Images of a stage, (N, S, S, 3) uint8, by the sampler of the workflow with the time shift of its training."""
-    given = whole.sample["geneval"].sampler
-    sampler = SamplerConfig(given.name, given.steps, given.guidance, given.interval,
-                            whole.train[stage].objective.timeshift, given.order)
+    sampler = dataclasses.replace(whole.sample["geneval"].sampler, timeshift=whole.train[stage].objective.timeshift)
     model = PixelGen.from_pretrained(OUT / "train" / stage / "model", text_encoder=OUT / "weights/text")
     return model.generate([p["prompt"] for p in prompts], range(SEED, SEED + len(prompts)), sampler, BATCH)
 
 
-def resized(images: np.ndarray, size: int) -> np.ndarray:
-    return np.stack([np.asarray(Image.fromarray(i).resize((size, size), Image.Resampling.BOX)) for i in images])
-
-
-def enlarged(images: np.ndarray, size: int) -> np.ndarray:
-    return np.stack([np.asarray(Image.fromarray(i).resize((size, size), Image.Resampling.BICUBIC)) for i in images])
+def resized(images: np.ndarray, size: int, how: Image.Resampling = Image.Resampling.BICUBIC) -> np.ndarray:
+    return np.stack([np.asarray(Image.fromarray(i).resize((size, size), how)) for i in images])
 
 
 def row(name: str, images: np.ndarray, prompts: list[scenes.Prompt], reference: np.ndarray) -> None:

@@ -85,12 +85,12 @@ class Checkpoints:
 
     def sweep(self) -> None:
         """Delete what a writer that was killed has left: files that nothing vouches for."""
-        steps, folder = {name_of(step) for step in self.steps()}, self.path(0).parent
-        for left in [*folder.glob(".*.partial"), *(p for p in folder.glob("step-*.pt") if f"{FOLDER}/{p.name}" not in
-                                                   steps)]:
-            left.unlink()
+        vouched, folder = {name_of(step) for step in self.steps()}, self.path(0).parent
+        for path in [*folder.glob(".*.partial"), *folder.glob("step-*.pt")]:
+            if f"{FOLDER}/{path.name}" not in vouched:
+                path.unlink()
         for name in self.store.sizes(f"{FOLDER}/step-"):
-            if name.endswith(".pt") and name not in steps:
+            if name.endswith(".pt") and name not in vouched:
                 self.store.delete(name)
 
     def prune(self, keep: int, every: int | None) -> None:

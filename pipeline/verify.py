@@ -168,12 +168,11 @@ def delete_all(store: S3Store, prefix: str) -> None:
 def prune(storage: Storage, found: dict[str, Orphan], delete: bool) -> None:
     """Show what has been orphaned for long enough, or delete it, if it still is one: looking through everything may
     have taken hours."""
+    if delete:
+        found = {where: orphan for where, orphan in orphans(storage).items() if where in found}
     now = datetime.datetime.now(datetime.UTC)
-    old = {where for where, orphan in found.items() if now - orphan.touched > datetime.timedelta(days=DAYS)}
-    if delete and old:
-        found = orphans(storage)
-        old &= found.keys()
-    for where in sorted(old):
+    old = [where for where, orphan in sorted(found.items()) if now - orphan.touched > datetime.timedelta(days=DAYS)]
+    for where in old:
         print(f"{'deleting' if delete else 'would delete'} {where}")
         if delete:
             found[where].delete()

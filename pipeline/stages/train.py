@@ -267,8 +267,8 @@ class Curve:
         if not header.startswith("step,"):  # nothing, or what a full disk or a power cut has left of it
             self.path.unlink(missing_ok=True)
             return
-        rows = (line.split(",") for line in lines if line.count(",") == header.count(","))
-        kept = [header, *(",".join(row) for row in rows if row[0].isdigit() and int(row[0]) <= step)]
+        whole = (line for line in lines if line.count(",") == header.count(",") and line.partition(",")[0].isdigit())
+        kept = [header, *(line for line in whole if int(line.partition(",")[0]) <= step)]
         write_atomic(self.path, ("\n".join(kept) + "\n").encode())
 
     def append(self, metrics: dict[str, float]) -> None:
