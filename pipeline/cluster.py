@@ -4,14 +4,16 @@
 reruns nothing.
 """
 
+import contextlib
 import functools
 import json
 import logging
 import os
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from pixelgen.config import ConfigError, choose, load, require
 
 CLUSTERS = Path("clusters")
 LONGEST_PART = 6 * 3600.0  # seconds: a part may be many images, a container large, a network still to be compiled
+LONGEST_END = 10.0  # seconds for a thread that has been told to end
 STARTS = 3  # attempts to start Ray, which gives up after a fixed time however busy the machine is
 
 # Ray on one machine: loopback only, quiet, quick to notice a dead worker. A value already in the environment stays.
@@ -127,11 +130,12 @@ def work_through(parts: list[dict[str, Any]], make: Callable[..., Callable[[dict
     with connect(cluster):
         data = ray_data()
         rows = data.from_items([{"part": json.dumps(part)} for part in parts], override_num_blocks=len(parts))
-        done = rows.map(Worker, fn_constructor_args=(make, arguments),
+        rows = rows.map(Worker, fn_constructor_args=(make, arguments),
                         compute=data.ActorPoolStrategy(size=min(cluster.workers, len(parts))),
                         num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)
-        for row in tqdm(done.iter_rows(), desc=what, unit="part", total=len(parts)):
-            check(row)
+        with outcomes(rows) as done:
+            for row in tqdm(done, desc=what, unit="part", total=len(parts)):
+                check(row)
 
 
 class Worker:
@@ -142,6 +146,19 @@ class Worker:
 
     def __call__(self, row: dict[str, str]) -> dict[str, str]:
         return attempt(lambda: self.make()(json.loads(row["part"])))
+
+
+@contextlib.contextmanager
+def outcomes(data: Any) -> Iterator[Iterator[dict[str, Any]]]:
+    """The rows of a Ray Data dataset as they get done. Where the caller breaks off, the threads that fetch them have
+    ended too: one that asks Ray for more after Ray's end takes the process with it, before it has said why."""
+    try:
+        with contextlib.closing(iter(data.iter_rows())) as rows:
+            yield rows
+    finally:
+        for thread in threading.enumerate():
+            if thread.name == "iter_threaded":
+                thread.join(LONGEST_END)
 
 
 def attempt(work: Callable[[], object]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.batches import SCHEMA
-from pipeline.cluster import Cluster, attempt, check, connect, ray_data, read_cluster
+from pipeline.cluster import Cluster, attempt, check, connect, outcomes, ray_data, read_cluster
 from pipeline.datasets import SPLITS, DatasetError
 from pipeline.datasets.work import SOURCES, Job, Report, read_report, write_job
 from pipeline.params import DatasetParams, read_params, stage_params
@@ -131,13 +131,14 @@ def do(jobs: list[Job], data: DatasetParams, cluster: Cluster, storage: Storage,
         yield write_job(jobs[0], data, storage, run)
         return
     with connect(cluster):
-        done = ray_data().from_items(
+        rows = ray_data().from_items(
                 [{"name": job.name, "job": pickle.dumps(job)} for job in jobs], override_num_blocks=len(jobs)).map(
             lambda row: {"name": row["name"]} | attempt(
                 lambda: write_job(pickle.loads(row["job"]), data, storage, run)))
-        for row in done.iter_rows():
-            check(row)
-            yield row["name"]
+        with outcomes(rows) as done:
+            for row in done:
+                check(row)
+                yield row["name"]
 
 
 def summary(reports: list[Report], classes: list[str] | None) -> dict[str, Any]:
