@@ -56,11 +56,13 @@ def test_sample(workspace, fillable, identical):
     with workspace.started(workspace.call("sample")) as process:
         process.until(workspace.more_parts("sample"))
         process.kill()
-    assert len(workspace.parts("sample")) < PARTS, "killed too late to show anything"
+    finished = workspace.written("sample")
+    assert len(finished) < PARTS, "killed too late to show anything"
     with workspace.started(workspace.call("sample")) as process:
         process.until(workspace.more_parts("sample"))
         process.ray("MapWorker")[0].kill()
         assert process.wait() == 0, process.printed()
+    assert finished < workspace.written("sample"), "finished parts are not redone"
     files = workspace.same("sample")
     flip(workspace.parts("sample")[3])
     assert "part-000003.npy of" in (line := workspace.refused("sample")) and "redo it alone" in line

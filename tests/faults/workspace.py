@@ -57,6 +57,10 @@ class Workspace:
         """The finished parts of a stage's run."""
         return sorted(self.path.glob(f"runs/{stage}@*/*/part-*"))
 
+    def written(self, stage):
+        """When each of them was: (path, ns) pairs."""
+        return {(path, path.stat().st_mtime_ns) for path in self.parts(stage)}
+
     def more_parts(self, stage):
         """Tells whether there are more of them than now."""
         before = len(self.parts(stage))
