@@ -69,6 +69,8 @@ def main() -> None:
     params, storage = stage_params(whole.train, key, "train"), Storage(whole.storage.root)
     run = prepare(key, params, storage, read_cluster())
     with lease(run.directory / "driver.lease", patience=5):
+        for name in (FAILURE, NOTES, STOP):  # before the newest is looked for, which may have to be told of
+            run.store.delete(name)
         if not run.done or run.checkpoints.newest() != run.params.fit.steps:  # the last one may be damaged
             train(run)
         write_outputs(run, storage, OUT / key)
@@ -129,8 +131,6 @@ def train(run: Run) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    for name in (FAILURE, NOTES, STOP):
-        run.store.delete(name)
     shutil.rmtree(run.directory / "ray", ignore_errors=True)
     cluster = run.cluster
     with connect(cluster), Progress(run), stopping(run):

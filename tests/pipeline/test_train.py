@@ -134,17 +134,19 @@ def test_a_curve_that_a_full_disk_or_a_power_cut_has_left_is_gone_on_with(params
 
 
 def test_a_damaged_last_checkpoint_is_trained_again(params, monkeypatch, tmp_path):
-    """Else every start would end with it."""
+    """Else every start would end with it. It is told of, and nothing that an earlier start was told."""
     checkpoints = Checkpoints(tmp_path, LocalStore(tmp_path))
     run = stage.Run(params, None, None, None, tmp_path, checkpoints.store, SimpleNamespace())
 
     def train(_):
+        found.update(checkpoints.store.sizes(""))
         with writing(checkpoints, 2, None) as writer:
             for step in (2, 4):
                 writer.save(SimpleNamespace(step=step, state_dict=lambda: {"weight": torch.ones(9)}), {})
         trained.append(checkpoints.steps())
 
     trained: list = []
+    found: dict = {}
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(stage.sys, "argv", ["train", "c2i"])
     monkeypatch.setattr(stage, "prepare", lambda *_: run)
@@ -154,5 +156,10 @@ def test_a_damaged_last_checkpoint_is_trained_again(params, monkeypatch, tmp_pat
     stage.main()
     assert trained == [[2, 4]]
     checkpoints.path(4).write_bytes(b"damaged")
+    for name in (stage.NOTES, stage.FAILURE, stage.STOP):
+        checkpoints.store.write(name, b"of an earlier start")
+    found.clear()
     stage.main()
     assert trained == [[2, 4], [2, 4]]
+    assert stage.NOTES in found and not found.keys() & {stage.FAILURE, stage.STOP}
+    assert b": put aside\n" in checkpoints.store.read(stage.NOTES)
