@@ -134,8 +134,8 @@ def work_through(parts: list[dict[str, Any]], make: Callable[..., Callable[[dict
                         compute=data.ActorPoolStrategy(size=min(cluster.workers, len(parts))),
                         num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)
         with outcomes(rows) as done:
-            for row in tqdm(done, desc=what, unit="part", total=len(parts)):
-                check(row)
+            for _ in tqdm(done, desc=what, unit="part", total=len(parts)):
+                pass
 
 
 class Worker:
@@ -149,12 +149,13 @@ class Worker:
 
 
 @contextlib.contextmanager
-def outcomes(data: Any) -> Iterator[Iterator[dict[str, Any]]]:
-    """The rows of a Ray Data dataset as they get done. Where the caller breaks off, the threads that fetch them have
-    ended too: one that asks Ray for more after Ray's end takes the process with it, before it has said why."""
+def outcomes(data: Any) -> Iterator[Iterator[dict[str, str]]]:
+    """The rows of a Ray Data dataset as each `attempt` ends, up to one that was stopped. Where the caller breaks off,
+    the threads that fetch them have ended too: one that asks Ray for more after Ray's end takes the process with it,
+    before it has said why."""
     try:
         with contextlib.closing(iter(data.iter_rows())) as rows:
-            yield rows
+            yield map(check, rows)
     finally:
         for thread in threading.enumerate():
             if thread.name == "iter_threaded":
@@ -172,7 +173,8 @@ def attempt(work: Callable[[], object]) -> dict[str, str]:
     return {"stopped": ""}
 
 
-def check(row: dict[str, str]) -> None:
-    """StorageError if that is how an `attempt` ended."""
+def check(row: dict[str, str]) -> dict[str, str]:
+    """The row, or StorageError if that is how its `attempt` ended."""
     if row["stopped"]:
         raise StorageError(row["stopped"])
+    return row
