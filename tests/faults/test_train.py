@@ -26,9 +26,9 @@ def test_the_stage_is_started_twice_and_killed(workspace, identical):
         process.until(lambda: (workspace.run_directory("train") / "driver.lease").read_text())
         assert f"in use by process {process.popen.pid}: wait for it" in workspace.refused("train")
         process.until(newer(workspace, than=0))
-        identical(same_checkpoints(workspace))
         process.kill()
-    identical(same_checkpoints(workspace))
+    for _ in range(2):  # now that the run stands still: comparing takes as long as many steps
+        identical(same_checkpoints(workspace))
     assert newest(workspace) < 48, "killed too late to show anything"
 
 
@@ -70,9 +70,9 @@ def test_sigterm(workspace, identical):
 @fault("kill -9 of Ray Train's controller", "train", "one line says that Ray has failed; started again, it goes on")
 @fault("a flipped bit in the newest checkpoint", "train", "it is put aside, training goes on from the one before")
 def test_the_controller_is_killed_and_a_checkpoint_damaged(workspace, identical):
-    workspace.forget("train")
+    before = newest(workspace)
     with workspace.started(workspace.call("train")) as process:
-        process.until(newer(workspace, than=3))
+        goes_on(process, workspace, before)
         (controller,) = process.ray("TrainController")
         controller.kill()
         assert process.wait() == 1, process.printed()
