@@ -160,7 +160,7 @@ class ObjectiveConfig:
 
     repa_weight: float = 0.5
     repa_block: int = 8  # the tokens entering this block are aligned with DINO's
-    repa_hidden: int = 2048  # width of the REPA head
+    repa_hidden: int | None = None  # width of the REPA head; None: the denoiser's
     lpips_weight: float = 0.1
     pdino_weight: float = 0.01
     pdino_block: int = 11  # DINO block whose normalised patch tokens are compared
@@ -176,7 +176,7 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         for name in ("repa_weight", "lpips_weight", "pdino_weight"):
             require(getattr(self, name) >= 0, f"{name} must not be negative")
-        require(self.repa_hidden >= 1, "repa_hidden must be at least 1")
+        require(self.repa_hidden is None or self.repa_hidden >= 1, "repa_hidden must be at least 1, or null")
         require(0 <= self.gate_threshold <= 1, f"gate_threshold {self.gate_threshold} must lie in [0, 1]")
         require(len(set(self.gated)) == len(self.gated), f"gated names a term twice: {list(self.gated)}")
         for name in self.gated:

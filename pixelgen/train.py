@@ -79,7 +79,8 @@ def create_state(denoiser: DenoiserConfig | TextDenoiserConfig, objective: Objec
         assert objective.dino is not None
         block = objective.config.repa_block
         require(block < denoiser.depth, f"repa_block {block}: the denoiser has blocks 0 to {denoiser.depth - 1}")
-        projector = repa_projector(denoiser.width, objective.dino.width, objective.config.repa_hidden)
+        hidden = objective.config.repa_hidden or denoiser.width
+        projector = repa_projector(denoiser.width, objective.dino.width, hidden)
     trained = WithProjector(model, projector, block).to(device)
     o = optimizer
     adamw = torch.optim.AdamW(trained.parameters(), o.lr, o.betas, weight_decay=o.weight_decay, fused=True)

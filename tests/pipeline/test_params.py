@@ -45,6 +45,7 @@ def test_the_presets_hold_the_papers_settings():
     assert terms == [(0, 0, 0), (0.1, 0, 0), (0.1, 0.01, 0), (0.1, 0.01, 0.3), (0.1, 0.01, 0.3)]
     assert [t.fit.steps for t in ladder.values()] == [200_000] * 4 + [400_000]
     assert all(t.fit.batch_size == 256 and t.optimizer.lr == 1e-4 for t in ladder.values())
+    assert all(t.objective.repa_hidden is None for t in ladder.values()), "as wide as the denoiser"
 
 
 def test_the_text_preset_holds_the_papers_settings():
@@ -56,6 +57,7 @@ def test_the_text_preset_holds_the_papers_settings():
     assert np.cumsum([t.fit.steps for t in chain]).tolist() == [200_000, 300_000, 360_000]
     assert all(t.optimizer.clip == 1.0 and t.fit.ema_decay == 0.9999 and t.denoiser.size == "XXL/16" for t in chain)
     assert [t.fit.batch_size // t.fit.lanes for t in chain] == [64, 16, 16], "images of a GPU at a time"
+    assert all(t.objective.repa_hidden is None for t in chain), "as wide as the denoiser"
     sampler = params.sample["geneval"].sampler
     assert (sampler.name, sampler.order, sampler.steps, sampler.guidance, sampler.timeshift) == (
         "adams_bashforth", 2, 25, 4.0, 3.0)

@@ -45,6 +45,14 @@ def objective(lpips=stand_in_lpips, **options):
     return Objective(ObjectiveConfig(**options), 8, torch.tensor(TINY["num_classes"]), StandInDino(), lpips)
 
 
+@pytest.mark.parametrize(("hidden", "width"), [(None, TINY["width"]), (16, 16)])
+def test_the_repa_head_is_as_wide_as_the_denoiser_or_as_asked_for(hidden, width):
+    goal = objective(repa_hidden=hidden)
+    state = create_state(tiny_config(), goal, OPTIMIZER, 0, torch.device("cpu"))
+    layers = [m for m in state.model.projector if isinstance(m, torch.nn.Linear)]
+    assert [m.out_features for m in layers] == [width, width, goal.dino.width]
+
+
 def fresh_state(seed=0):
     """Random weights everywhere, so that all gradients differ from zero at the first step."""
     state = create_state(tiny_config(dropout=0.1), objective(), OPTIMIZER, seed, torch.device("cpu"))
