@@ -115,8 +115,8 @@ class Objective:
         if not len(x):
             return prediction.new_zeros(0)
         if self.patch_size != REFERENCE_PATCH:
-            scale = REFERENCE_PATCH / self.patch_size
-            prediction, x = (F.interpolate(i, scale_factor=scale, mode="bilinear") for i in (prediction, x))
+            size = x.shape[-1] * REFERENCE_PATCH // self.patch_size
+            prediction, x = (F.interpolate(i, size, mode="bilinear", antialias=True) for i in (prediction, x))
         assert self.lpips is not None
         return self.lpips(prediction, x)
 

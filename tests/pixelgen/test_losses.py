@@ -119,6 +119,19 @@ def test_lpips_sees_a_patch_as_16_pixels():
     assert sizes == [(16, 16), (32, 32), (8, 8)]
 
 
+def test_lpips_sees_large_patches_through_a_triangle_filter():
+    """At half the size a pixel is (a + 3b + 3c + d) / 8 of four neighbours in a row and in a column, so that it has
+    seen them all; without antialiasing it would be (b + c) / 2. Over an edge there is no neighbour to count."""
+    seen = []
+    run(lpips=lambda *images: seen.extend(images) or stand_in_lpips(*images), patch_size=32, gated=())
+    halve = torch.zeros(8, 18)
+    for i in range(8):
+        halve[i, 2 * i:2 * i + 4] = torch.tensor([1.0, 3.0, 3.0, 1.0])
+    halve = halve[:, 1:-1] / halve[:, 1:-1].sum(1, keepdim=True)
+    for image, full in zip(seen, (X + some_images(4, seed=9) / 4, X), strict=True):
+        torch.testing.assert_close(image, halve @ full @ halve.T)
+
+
 @pytest.mark.parametrize(("networks", "options", "message"), [
     ((None, stand_in_lpips), {}, "there is no DINO network"),
     ((None, stand_in_lpips), {"repa_weight": 0.0}, "there is no DINO network"),
