@@ -4,8 +4,11 @@ Nothing here executes code from a file: states are read with `weights_only`, mod
 """
 
 import dataclasses
+import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +85,10 @@ def read_config(directory: Path) -> Config:
         raise CheckpointError(f"{path}: not JSON: {error}") from None
     if not isinstance(described, Mapping) or "config" not in described:
         raise CheckpointError(f"{path}: not the description of an exported model, which has denoiser and config")
-    kind = choose(str(described.get("denoiser")), list(KINDS), f"{path}: denoiser")
-    return load(KINDS[kind], described["config"], f"{path}: config")
+    kind, config = choose(str(described.get("denoiser")), list(KINDS), f"{path}: denoiser"), described["config"]
+    if isinstance(config, dict):
+        config = {"mlp_ratio": 4.0} | config  # models exported before it was written down had no other
+    return load(KINDS[kind], config, f"{path}: config")
 
 
 def load_denoiser(directory: Path, weights: str = "ema") -> JiT | JiTText:
@@ -100,7 +105,8 @@ def check_claims(config: Config, file: Path) -> None:
     would not fit into memory."""
     sizes = [size for size in dataclasses.astuple(config) if isinstance(size, int)]
     grid = config.image_size // config.patch_size
-    least = 4 * config.width * (grid**2 + config.width * config.depth + sum(sizes) - config.image_size)
+    inside = (config.width + config.hidden) * config.depth
+    least = 4 * config.width * (grid**2 + inside + sum(sizes) - config.image_size)
     if file.is_file() and least > file.stat().st_size:
         raise CheckpointError(f"{file}: too small for the model that {file.parent / 'config.json'} describes")
 
@@ -195,14 +201,15 @@ def infer_config(weights: Weights, source: str, in_context_start: int | None = N
 
     try:
         proj, width, depth = shape("x_embedder.proj1.weight"), shape("blocks.0.norm1.weight")[0], count("blocks")
+        hidden = shape("blocks.0.mlp.w3.weight")[1]
         heads = width // shape("blocks.0.attn.q_norm.weight")[0]
         grid = round(shape("pos_embed")[1] ** 0.5)
         if "y_pos_embedding" in weights:
             patch = round((proj[1] / 3) ** 0.5)
-            return TextDenoiserConfig(
+            return with_hidden(hidden, TextDenoiserConfig(
                 image_size=grid * patch, patch_size=patch, width=width, depth=depth, heads=heads, bottleneck=proj[0],
                 text_depth=count("text_refine_blocks"), text_width=shape("y_embedder.proj.weight")[1],
-                text_length=shape("y_pos_embedding")[1])
+                text_length=shape("y_pos_embedding")[1]))
         patch = proj[-1]
         known = [s for s in SIZES.values() if (s["width"], s["depth"], s["patch_size"]) == (width, depth, patch)]
         if in_context_start is None:
@@ -211,10 +218,18 @@ def infer_config(weights: Weights, source: str, in_context_start: int | None = N
                                       "the block at which the in-context tokens enter is unknown: give "
                                       "in_context_start")
             in_context_start = int(known[0]["in_context_start"])
-        return DenoiserConfig(
+        return with_hidden(hidden, DenoiserConfig(
             image_size=grid * patch, patch_size=patch, width=width, depth=depth, heads=heads,
             bottleneck=proj[0] if "x_embedder.proj2.weight" in weights else None,
             in_context_start=in_context_start, in_context_len=shape("in_context_posemb")[1],
-            dropout=0.0, num_classes=shape("y_embedder.embedding_table.weight")[0] - 1)
+            dropout=0.0, num_classes=shape("y_embedder.embedding_table.weight")[0] - 1))
     except (ConfigError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(f"{source}: no denoiser has weights of these shapes: {error}") from error
+
+
+def with_hidden(hidden: int, config: Config) -> Config:
+    """`config` with the mlp_ratio that gives its SwiGLU this hidden width. As the width is rounded down there are many:
+    the fraction with the smallest denominator, which finds 4, 3 or 2.5 again. ConfigError if `hidden` is 0."""
+    least = Fraction(hidden, config.width) / (Fraction(2, 3) if isinstance(config, DenoiserConfig) else 1)
+    fractions = (dataclasses.replace(config, mlp_ratio=math.ceil(least * q) / q) for q in itertools.count(1))
+    return next(c for c in fractions if c.hidden == hidden)

@@ -100,6 +100,8 @@ def _join(where: str, key: str) -> str:
 def _check_sizes(config: "DenoiserConfig | TextDenoiserConfig") -> None:
     for name in ("image_size", "patch_size", "width", "depth", "heads"):
         require(getattr(config, name) >= 1, f"{name} {getattr(config, name)} must be at least 1")
+    require(0 < config.mlp_ratio <= 100 and config.hidden >= 1,
+            f"mlp_ratio {config.mlp_ratio} must lie in (0, 100] and leave a width of {config.width} a hidden unit")
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,12 @@ class DenoiserConfig:
     in_context_len: int
     dropout: float  # in the middle half of the blocks
     num_classes: int
+    mlp_ratio: float = 4.0  # hidden width of an MLP, in widths; SwiGLU, with a third matrix, has two thirds of it
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of the blocks' SwiGLU."""
+        return int(self.mlp_ratio * self.width * 2 / 3)
 
     def __post_init__(self) -> None:
         _check_sizes(self)
@@ -142,6 +150,12 @@ class TextDenoiserConfig:
     bottleneck: int  # channels between the two linear layers of the patch embedding
     text_width: int  # of the text encoder's features
     text_length: int  # tokens
+    mlp_ratio: float = 4.0  # hidden width of the blocks' SwiGLU, in widths
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of the blocks' SwiGLU: all that an MLP would have, for its third matrix nothing is taken off."""
+        return int(self.mlp_ratio * self.width)
 
     def __post_init__(self) -> None:
         _check_sizes(self)

@@ -41,7 +41,7 @@ class JiT(nn.Module):
         self.register_buffer("pos_embed", position_table(c.width, grid)[None])
         middle = range(c.depth // 4, c.depth // 4 * 3)
         self.blocks = nn.ModuleList(
-            Block(c.width, c.heads, c.dropout if i in middle else 0.0) for i in range(c.depth))
+            Block(c.width, c.hidden, c.heads, c.dropout if i in middle else 0.0) for i in range(c.depth))
         self.final_layer = Head(c.width, c.patch_size)
 
         y, x = rotary_angles(head, torch.arange(grid), torch.arange(grid))
@@ -136,12 +136,12 @@ class LabelEmbedder(nn.Module):
 class Block(nn.Module):
     """Attention and SwiGLU, each normalised, modulated and gated by the condition; both start as the identity."""
 
-    def __init__(self, width: int, heads: int, dropout: float):
+    def __init__(self, width: int, hidden: int, heads: int, dropout: float):
         super().__init__()
         self.norm1 = RMSNorm(width)
         self.attn = Attention(width, heads, dropout)
         self.norm2 = RMSNorm(width)
-        self.mlp = SwiGLU(width, int(4 * width * 2 / 3), bias=True, dropout=dropout)
+        self.mlp = SwiGLU(width, hidden, bias=True, dropout=dropout)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -38,8 +38,9 @@ class JiTText(nn.Module):
         self.y_pos_embedding = nn.Parameter(torch.empty(1, c.text_length, c.width))
         self.register_buffer("pos_embed", position_table(c.width, grid)[None])
         self.text_refine_blocks = nn.ModuleList(
-            Block(c.width, TextAttention(c.width, c.heads)) for _ in range(c.text_depth))
-        self.blocks = nn.ModuleList(Block(c.width, JointAttention(c.width, c.heads)) for _ in range(c.depth))
+            Block(c.width, c.hidden, TextAttention(c.width, c.heads)) for _ in range(c.text_depth))
+        self.blocks = nn.ModuleList(
+            Block(c.width, c.hidden, JointAttention(c.width, c.heads)) for _ in range(c.depth))
         self.final_layer = Head(c.width, c.patch_size)
 
         # Positions run from 0 to G inclusive, as the published weights were trained; x and y alternate.
@@ -116,12 +117,12 @@ class TextEmbedder(nn.Module):
 class Block(nn.Module):
     """Attention and SwiGLU, each normalised, modulated and gated by the time; both start as the identity."""
 
-    def __init__(self, width: int, attention: nn.Module):
+    def __init__(self, width: int, hidden: int, attention: nn.Module):
         super().__init__()
         self.norm1 = RMSNorm(width)
         self.attn = attention
         self.norm2 = RMSNorm(width)
-        self.mlp = SwiGLU(width, 4 * width, bias=False)
+        self.mlp = SwiGLU(width, hidden, bias=False)
         self.adaLN_modulation = nn.Sequential(nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, condition: Tensor, *context: Tensor) -> Tensor:

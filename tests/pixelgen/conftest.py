@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixelgen.config import DenoiserConfig, FitConfig
+from pixelgen.config import DenoiserConfig, FitConfig, TextDenoiserConfig
 from pixelgen.models.jit import JiT
 from pixelgen.train import LaneBatch
 
@@ -13,7 +13,10 @@ torch.set_num_threads(1)  # the models are tiny: more threads only get in each o
 
 TINY: dict[str, Any] = {
     "image_size": 16, "patch_size": 8, "width": 32, "depth": 3, "heads": 2, "bottleneck": 8, "in_context_start": 1,
-    "in_context_len": 2, "dropout": 0.0, "num_classes": 4}
+    "in_context_len": 2, "dropout": 0.0, "num_classes": 4, "mlp_ratio": 4.0}
+TINY_TEXT: dict[str, Any] = {
+    "image_size": 16, "patch_size": 8, "width": 32, "depth": 2, "text_depth": 1, "heads": 2, "bottleneck": 8,
+    "text_width": 16, "text_length": 6, "mlp_ratio": 4.0}
 FIT: dict[str, Any] = {
     "steps": 6, "batch_size": 8, "lanes": 4, "seed": 3, "ema_decay": 0.9, "precision": "fp32", "compile": False,
     "checkpoint_every": 100, "keep_checkpoints": 1, "keep_every": None, "log_every": 100, "grid_every": None,
@@ -22,6 +25,10 @@ FIT: dict[str, Any] = {
 
 def tiny_config(**changes: Any) -> DenoiserConfig:
     return DenoiserConfig(**TINY | changes)
+
+
+def tiny_text(**changes: Any) -> TextDenoiserConfig:
+    return TextDenoiserConfig(**TINY_TEXT | changes)
 
 
 def fit_config(**changes: Any) -> FitConfig:

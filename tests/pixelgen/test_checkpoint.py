@@ -14,12 +14,14 @@ from pixelgen.checkpoint import (
     load_state,
     read_published,
     save_state,
+    with_hidden,
 )
-from pixelgen.config import ObjectiveConfig, OptimizerConfig
+from pixelgen.config import ConfigError, ObjectiveConfig, OptimizerConfig
 from pixelgen.models import SIZES
+from pixelgen.models.jit_t2i import JiTText
 from pixelgen.objective import Objective
 from pixelgen.train import create_state
-from tests.pixelgen.conftest import tiny_config, tiny_denoiser
+from tests.pixelgen.conftest import tiny_config, tiny_denoiser, tiny_text
 
 
 def weights(seed=0, **changes):
@@ -31,15 +33,23 @@ def exported(directory, **changes):
     return directory
 
 
-@pytest.mark.parametrize("bottleneck", [8, None])
-def test_an_exported_model_comes_back_exactly(tmp_path, bottleneck):
-    exported(tmp_path / "a" / "model", bottleneck=bottleneck)
+@pytest.mark.parametrize("changes", [{}, {"bottleneck": None}, {"mlp_ratio": 3.0}])
+def test_an_exported_model_comes_back_exactly(tmp_path, changes):
+    exported(tmp_path / "a" / "model", **changes)
     for name, seed in (("ema", 1), ("raw", 2)):
         model = load_denoiser(tmp_path / "a" / "model", name)
-        assert model.config == tiny_config(bottleneck=bottleneck)
-        torch.testing.assert_close(model.state_dict(), weights(seed, bottleneck=bottleneck), rtol=0, atol=0)
+        assert model.config == tiny_config(**changes)
+        torch.testing.assert_close(model.state_dict(), weights(seed, **changes), rtol=0, atol=0)
         assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert all(v.dtype == torch.float32 for v in load_file(tmp_path / "a" / "model" / "ema.safetensors").values())
+
+
+def test_a_model_exported_before_the_ratio_was_written_down(tmp_path):
+    exported(tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    assert described["config"].pop("mlp_ratio") == 4.0
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    assert load_denoiser(tmp_path).config == tiny_config()
 
 
 def test_export_keeps_full_precision_of_low_precision_weights(tmp_path):
@@ -152,9 +162,27 @@ def test_a_state_of_another_model_is_refused(tmp_path, change):
 
 
 @pytest.mark.parametrize("changes", [{}, {"bottleneck": None}, {"num_classes": 7, "heads": 4},
-                                     {"image_size": 32, "patch_size": 4, "depth": 4, "in_context_len": 5}])
+                                     {"image_size": 32, "patch_size": 4, "depth": 4, "in_context_len": 5},
+                                     {"mlp_ratio": 3.0}, {"mlp_ratio": 2.5}])
 def test_the_architecture_is_read_off_the_weights(changes):
     assert infer_config(weights(**changes), "file", in_context_start=1) == tiny_config(**changes)
+
+
+@pytest.mark.parametrize("changes", [{}, {"image_size": 32, "depth": 3, "text_depth": 2}, {"mlp_ratio": 3.0}])
+def test_the_architecture_is_read_off_the_weights_of_a_text_model(changes):
+    assert infer_config(JiTText(tiny_text(**changes)).state_dict(), "file") == tiny_text(**changes)
+
+
+@pytest.mark.parametrize("config", [tiny_config, tiny_text])
+def test_the_ratio_of_the_hidden_width_is_found_again(config):
+    for width in (32, 768, 1024, 1152, 1536):
+        for ratio in (1.0, 8 / 3, 2.5, 3.0, 4.0, 6.0):
+            whole = config(width=width, mlp_ratio=ratio)
+            assert with_hidden(whole.hidden, config(width=width)) == whole
+    for hidden in range(1, 200):
+        assert with_hidden(hidden, config()).hidden == hidden
+    with pytest.raises(ConfigError, match="mlp_ratio 0.0"):
+        with_hidden(0, config())
 
 
 def test_named_sizes_need_no_further_word(monkeypatch):

@@ -14,10 +14,11 @@ from pixelgen.config import (
     ObjectiveConfig,
     OptimizerConfig,
     SamplerConfig,
+    TextDenoiserConfig,
     choose,
     load,
 )
-from tests.pixelgen.conftest import FIT, TINY
+from tests.pixelgen.conftest import FIT, TINY, TINY_TEXT
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def test_choose():
 
 VALID = {
     DenoiserConfig: TINY,
+    TextDenoiserConfig: TINY_TEXT,
     ObjectiveConfig: dataclasses.asdict(ObjectiveConfig()),
     OptimizerConfig: dataclasses.asdict(OptimizerConfig()),
     FitConfig: FIT,
@@ -116,6 +118,8 @@ def test_dump_and_load_is_the_identity(cls):
     (DenoiserConfig, {"dropout": 1.0}, "dropout 1.0"),
     (DenoiserConfig, {"dropout": -0.1}, "dropout -0.1"),
     (DenoiserConfig, {"num_classes": 0}, "num_classes 0"),
+    *((cls, {"mlp_ratio": ratio}, r"mlp_ratio .* must lie in \(0, 100\] and leave a width of 32 a hidden unit")
+      for cls in (DenoiserConfig, TextDenoiserConfig) for ratio in (-1.0, 0.0, 0.03, 1e308)),
     (ObjectiveConfig, {"repa_weight": -1.0}, "repa_weight must not be negative"),
     (ObjectiveConfig, {"lpips_weight": -1.0}, "lpips_weight must not be negative"),
     (ObjectiveConfig, {"pdino_weight": -1.0}, "pdino_weight must not be negative"),

@@ -8,6 +8,7 @@ import torch
 from pixelgen.config import ConfigError
 from pixelgen.models import SIZES, denoiser_config
 from pixelgen.models.jit import JiT
+from pixelgen.models.jit_t2i import JiTText
 from pixelgen.models.layers import (
     RMSNorm,
     SwiGLU,
@@ -16,7 +17,7 @@ from pixelgen.models.layers import (
     rotate,
     sinusoids,
 )
-from tests.pixelgen.conftest import some_images, tiny_config, tiny_denoiser
+from tests.pixelgen.conftest import some_images, tiny_config, tiny_denoiser, tiny_text
 
 X, T, Y = some_images(5), torch.linspace(0, 1, 5), torch.arange(5)  # the last label is the null label
 
@@ -148,7 +149,10 @@ def test_swiglu():
     x = torch.randn(3, 4)
     a, b = layer.w12(x)[:, :6], layer.w12(x)[:, 6:]
     torch.testing.assert_close(layer(x), layer.w3(a * torch.sigmoid(a) * b))
-    assert JiT(tiny_config()).blocks[0].mlp.w3.in_features == int(4 * 32 * 2 / 3)
+    for ratio, hidden, text_hidden in ((4.0, 85, 128), (3.0, 64, 96)):  # for classes two thirds of the ratio
+        classes, text = JiT(tiny_config(mlp_ratio=ratio)), JiTText(tiny_text(mlp_ratio=ratio))
+        assert {block.mlp.w3.in_features for block in classes.blocks} == {hidden}
+        assert {block.mlp.w3.in_features for block in [*text.blocks, *text.text_refine_blocks]} == {text_hidden}
 
 
 def test_sinusoids():

@@ -11,21 +11,15 @@ from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 from pixelgen import PixelGen
 from pixelgen.checkpoint import CheckpointError, export, start_from
 from pixelgen.cli import main
-from pixelgen.config import ConfigError, ObjectiveConfig, OptimizerConfig, SamplerConfig, TextDenoiserConfig
+from pixelgen.config import ConfigError, ObjectiveConfig, OptimizerConfig, SamplerConfig
 from pixelgen.encoders.text import load_text_encoder
 from pixelgen.models.jit_t2i import JiTText
 from pixelgen.objective import Objective
 from pixelgen.train import LaneBatch, create_state, fit
-from tests.pixelgen.conftest import StandInDino, fit_config, randomised, stand_in_lpips
+from tests.pixelgen.conftest import TINY_TEXT, StandInDino, fit_config, randomised, stand_in_lpips, tiny_text
 
-LENGTH, WIDTH = 6, 16
+LENGTH, WIDTH = TINY_TEXT["text_length"], TINY_TEXT["text_width"]
 SAMPLER = SamplerConfig("euler", steps=3, guidance=2.0)
-
-
-def tiny_text(**changes):
-    values = {"image_size": 16, "patch_size": 8, "width": 32, "depth": 2, "text_depth": 1, "heads": 2, "bottleneck": 8,
-              "text_width": WIDTH, "text_length": LENGTH}
-    return TextDenoiserConfig(**values | changes)
 
 
 @pytest.fixture(scope="module")

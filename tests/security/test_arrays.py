@@ -135,7 +135,7 @@ def test_a_tensor_is_what_it_claims_to_be(tmp_path, tensor, says):
 
 @pytest.mark.parametrize("claimed", [
     {"depth": 10**9}, {"width": 2**30}, {"image_size": 2**40}, {"num_classes": 10**10}, {"in_context_len": 10**10},
-    {"bottleneck": 10**10}])
+    {"bottleneck": 10**10}, {"mlp_ratio": 100.0}])
 def test_a_model_is_no_larger_than_its_file(tmp_path, claimed):
     weights = tiny_denoiser().state_dict()
     export(tmp_path, tiny_config(), weights, weights, {})
