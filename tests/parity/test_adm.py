@@ -72,12 +72,25 @@ def test_inception_score(case, name, size):
     assert_close(score, case["expected"][name], rtol=1e-5)
 
 
+def float16_error(features, radii):
+    """How far off the evaluator's squared distances may be that are truly `radii` (N,), of `features` (N, D).
+
+    float16 keeps a number to within half its epsilon. A distance is |a|² - 2ab + |b|², sums taken in float32. With n
+    the largest |a|²: of each norm the squares are rounded and then their sum (4n in all), 2ab (2n), the difference of
+    the first two (it is r - |b|², at most n + r) and the result (r). The coordinates themselves are rounded before
+    that, which moves r by 2·√r·(|a| + |b|) ≤ 4·√(n·r) halves of epsilon.
+    """
+    n = np.square(features.astype(np.float64)).sum(1).max()
+    return float(np.finfo(np.float16).eps) / 2 * (7 * n + 2 * radii + 4 * np.sqrt(n * radii))
+
+
 @each(CASES)
 @pytest.mark.parametrize("which", ["ref", "sample"])
 def test_radii(case, which):
     a = arrays(case)
-    radii = fid.neighbour_radii(torch.from_numpy(a[f"{which}_features"]).double(), case["k"], chunk=64)
-    assert_close(radii, a[f"{which}_radii"], rtol=0.02 if in_float16(case) else 1e-4)
+    features, recorded = a[f"{which}_features"], a[f"{which}_radii"]
+    radii = fid.neighbour_radii(torch.from_numpy(features).double(), case["k"], chunk=64).numpy()
+    assert_close(radii, recorded, atol=float16_error(features, radii) if in_float16(case) else 1e-4 * recorded)
 
 
 @each(CASES)
