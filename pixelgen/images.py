@@ -14,13 +14,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    """`image` at `size` (width, height), the width resized first, then the height.
+
+    A pass rounds to whole levels, so the order shows. Pillow before 13, and with it the data that published models
+    and figures come from, begins with the width; Pillow 13 with the height of some images (python-pillow/Pillow#9549).
+    """
+    return image.resize((size[0], image.height), resample).resize(size, resample)
+
+
 def adm_resize(image: Image.Image, size: int) -> Image.Image:
     """Shrink or enlarge so that the shorter side is `size`: halvings by box filter while at least twice too large,
     then one bicubic step (the preprocessing of ADM, arXiv 2105.05233)."""
     while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        image = resize(image, (image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    return resize(image, (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -36,10 +45,10 @@ def adm_crop(image: Image.Image, size: int) -> np.ndarray:
 
 def plain_crop(image: Image.Image, size: int) -> np.ndarray:
     """One antialiased bilinear step to a shorter side of `size`, then the centre crop, of an RGB image
-    -> (size, size, 3) uint8: torchvision's Resize and CenterCrop to the pixel, with their way of rounding."""
+    -> (size, size, 3) uint8: torchvision's Resize and CenterCrop with Pillow 12 to the pixel, with their rounding."""
     width, height = (size * side // min(image.size) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    resized = resize(image, (width, height), Image.Resampling.BILINEAR)
     return np.asarray(resized.crop((left, top, left + size, top + size)))
 
 

@@ -1,7 +1,6 @@
 """Resizes, crops and the conversions between uint8 and float against golden numbers."""
 
 import numpy as np
-import PIL
 import pytest
 import torch
 from PIL import Image
@@ -26,23 +25,8 @@ def assert_same_pixels(actual: np.ndarray, expected: np.ndarray) -> None:
     assert_close(actual, expected, atol=0)
 
 
-@pytest.fixture
-def height_first(monkeypatch):
-    """Pillow 13 resizes the height of a tall image before its width (python-pillow/Pillow#9549), earlier versions the
-    width first: on a checkerboard, 13 levels apart. The numbers are of 13; an earlier one is led through its order."""
-    resize = Image.Image.resize
-
-    def in_order(image, size, resample):
-        if image.height > image.width and resample == Image.Resampling.BICUBIC:
-            image = resize(image, (image.width, size[1]), resample)
-        return resize(image, size, resample)
-
-    if LISTED["pillow"].startswith("13.") and int(PIL.__version__.split(".")[0]) < 13:
-        monkeypatch.setattr(Image.Image, "resize", in_order)
-
-
 @each(CASES)
-def test_crops(case, height_first):
+def test_crops(case):
     size, key = LISTED["image_size"], case["key"]
     pixels = ARRAYS[f"{key}_input"]
     assert pixels.shape == (case["height"], case["width"], 3)
