@@ -43,12 +43,12 @@ def adm_crop(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(center_crop(adm_resize(image, size), size))
 
 
-def plain_crop(image: Image.Image, size: int) -> np.ndarray:
-    """One antialiased bilinear step to a shorter side of `size`, then the centre crop, of an RGB image
-    -> (size, size, 3) uint8: torchvision's Resize and CenterCrop with Pillow 12 to the pixel, with their rounding."""
+def plain_crop(image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.BILINEAR) -> np.ndarray:
+    """One antialiased step to a shorter side of `size`, then the centre crop, of an RGB image -> (size, size, 3) uint8:
+    torchvision's Resize and CenterCrop with Pillow 12 to the pixel, with their way of rounding."""
     width, height = (size * side // min(image.size) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    resized = resize(image, (width, height), Image.Resampling.BILINEAR)
+    resized = resize(image, (width, height), resample)
     return np.asarray(resized.crop((left, top, left + size, top + size)))
 
 

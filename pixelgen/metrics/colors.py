@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from pixelgen.images import plain_crop
 from pixelgen.metrics.geneval import COLORS, TEMPLATES, crop
 from pixelgen.metrics.pretrained import build, read_weights, weights_file
 
@@ -30,13 +31,14 @@ class ClipColors:
     """Call with an image, a class and objects of it: the colour of each. Its `name` says whose figures these are."""
 
     def __init__(self, network: Any, tokenizer: Any, name: str, device: torch.device) -> None:
-        from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor  # slow
-
         self.network, self.tokenizer, self.name, self.device = network, tokenizer, name, device
-        size = network.config.vision_config.image_size
-        self.prepare = Compose([Resize(size, InterpolationMode.BICUBIC), CenterCrop(size), ToTensor(),
-                                Normalize(MEAN, STD)])
         self._described: dict[str, Tensor] = {}
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        """What the network sees of an RGB image: (3, S, S) of its middle, the short side resized to S, normalised."""
+        size = self.network.config.vision_config.image_size
+        pixels = torch.tensor(plain_crop(image, size, Image.Resampling.BICUBIC)) / 255
+        return ((pixels - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)
 
     @torch.inference_mode()
     def __call__(self, image: Array, class_name: str, boxes: Array, masks: Array) -> list[str]:
