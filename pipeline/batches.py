@@ -26,6 +26,7 @@ from PIL import Image
 from pipeline.params import TextParams
 from pipeline.storage import Artifact, read_bytes
 from pipeline.store import StorageError
+from pixelgen.config import require
 from pixelgen.images import adm_crop
 
 if TYPE_CHECKING:  # torch is not for the processes that only read shards: importing it takes them seconds
@@ -120,14 +121,12 @@ class Plan:
     text: TextParams | None = None  # how captions become prompts
 
     def check(self) -> None:
-        """ValueError if a source is too small for its share of a batch, or its share too small for a row."""
+        """ConfigError if a source is too small for its share of a batch, or its share too small for a row."""
         for number, (source, quota) in enumerate(zip(self.sources, self.quotas, strict=True)):
-            if not quota:
-                raise ValueError(f"source {number} of the mixture has weight {source.weight:g}, less than one image in "
-                                 f"{WINDOW * self.lane_size}: raise it or leave the source out")
-            if source.split.total * WINDOW < quota * self.lanes:
-                raise ValueError(f"{source.split.total} training images are fewer than one batch of "
-                                 f"{-(-quota * self.lanes // WINDOW)}: lower fit.batch_size or add data")
+            require(quota > 0, f"source {number} of the mixture has weight {source.weight:g}, less than one image in "
+                    f"{WINDOW * self.lane_size}: raise it or leave the source out")
+            require(source.split.total * WINDOW >= quota * self.lanes, f"{source.split.total} training images are "
+                    f"fewer than one batch of {-(-quota * self.lanes // WINDOW)}: lower fit.batch_size or add data")
 
     @property
     def lane_size(self) -> int:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from pipeline.params import read_yaml
 from pipeline.store import StorageError
 from pixelgen.config import ConfigError, choose, load, require
+from pixelgen.errors import UserError
 
 CLUSTERS = Path("clusters")
 LONGEST_PART = 6 * 3600.0  # seconds: a part may be many images, a container large, a network still to be compiled
@@ -162,19 +163,26 @@ def outcomes(data: Any) -> Iterator[Iterator[dict[str, str]]]:
                 thread.join(LONGEST_END)
 
 
+# what an attempt was stopped by
+STOPS: dict[str, type[Exception]] = {"storage": StorageError, "user": UserError, "bug": RuntimeError}
+
+
 def attempt(work: Callable[[], object]) -> dict[str, str]:
-    """Do some work for Ray Data -> a row that says what stopped it, for `check`. As data, since out of an exception
-    Ray Data makes pages, and loses what it was; the traceback goes to Ray's logs."""
+    """Do some work for Ray Data -> a row that says what stopped it, for `check`: the message of a UserError, the
+    traceback of a bug. As data, since out of an exception Ray Data makes pages, and loses what it was."""
+    stopped, told = "", ""
     try:
         work()
-    except (StorageError, ValueError) as error:
-        traceback.print_exc()
-        return {"stopped": str(error)}
-    return {"stopped": ""}
+    except UserError as error:
+        traceback.print_exc()  # into Ray's logs
+        stopped, told = "storage" if isinstance(error, StorageError) else "user", str(error)
+    except Exception:
+        stopped, told = "bug", f"a bug in a task of Ray Data:\n\n{traceback.format_exc()}"
+    return {"stopped": stopped, "told": told}
 
 
 def check(row: dict[str, str]) -> dict[str, str]:
-    """The row, or StorageError if that is how its `attempt` ended."""
+    """The row, or the exception that tells how its `attempt` was stopped: see `STOPS`."""
     if row["stopped"]:
-        raise StorageError(row["stopped"])
+        raise STOPS[row["stopped"]](row["told"])
     return row

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pipeline.params import read_params
 from pipeline.storage import Storage
-from pipeline.store import StorageError
-from pixelgen.config import ConfigError
+from pixelgen.config import require
+from pixelgen.errors import UserError
 
 
 def main() -> int:
@@ -18,10 +18,11 @@ def main() -> int:
     parser.add_argument("--to", type=Path, help="a new directory for the files")
     arguments = parser.parse_args()
     try:
+        require(not arguments.to or not arguments.to.exists(), f"{arguments.to} exists already: name a new directory")
         folder = Storage(read_params().storage.root).open(arguments.output, None).local()
         if arguments.to:
             shutil.copytree(folder, arguments.to)
-    except (ConfigError, StorageError, FileExistsError) as error:
+    except UserError as error:
         print(f"fetch: {error}", file=sys.stderr)
         return 1
     print(arguments.to or folder)

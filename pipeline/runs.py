@@ -10,6 +10,7 @@ import hashlib
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +20,7 @@ import psutil
 from pipeline.params import fingerprint, read_yaml
 from pipeline.storage import sha256
 from pipeline.store import StorageError, on_disk
-from pixelgen.config import ConfigError
+from pixelgen.errors import UserError
 
 RUNS = Path("runs")
 
@@ -124,8 +125,8 @@ class Stopped(SystemExit):
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage's main; a mistake of the user, or storage or Ray that fails, ends it with one clear line instead of a
-    traceback, also where a worker of Ray Train has met it. The worker's traceback is in Ray's logs."""
+    """Run a stage's main; what the user can mend, or Ray that fails, ends it with one clear line instead of a
+    traceback, also where a worker of Ray Train has met it. A bug ends it with its traceback, and the worker's."""
     signal.signal(signal.SIGTERM, _end)
     try:
         with on_disk(Path.cwd()):
@@ -136,18 +137,36 @@ def run_stage(main: Callable[[], None]) -> None:
     except Exception as error:
         stage, found = Path(sys.argv[0]).stem, [*origins(error)]
         for origin in found:
-            if isinstance(origin, (ConfigError, StorageError, ValueError)):
+            if isinstance(origin, UserError):
                 sys.exit(f"{stage}: {origin}")
         for origin in found:
-            # Ray Data's UserCodeException stands for a bug of ours: it needs its traceback
-            if type(origin).__module__.startswith("ray.") and type(origin).__name__ != "UserCodeException":
+            if ray_failed(origin):
                 summary = str(origin).partition("\n")[0]
                 sys.exit(f"{stage}: Ray has failed: {summary} Run `dvc repro` again: finished work is kept")
+        for told in dict.fromkeys(str(origin) for origin in found if origin is not error):
+            print(told, file=sys.stderr)  # the whole of what Ray has cut short in its own exception
         raise
 
 
 def _end(*_: Any) -> None:
     raise Stopped("finished work is kept")
+
+
+def ray_failed(origin: BaseException) -> bool:
+    """Whether it was Ray that failed. Its UserCodeException stands for a bug of ours."""
+    return type(origin).__module__.startswith("ray.") and type(origin).__name__ != "UserCodeException"
+
+
+@contextlib.contextmanager
+def whole_tracebacks() -> Iterator[None]:
+    """What a worker of Ray Train does; a bug leaves it as a RuntimeError that holds its traceback. Ray Train passes on
+    the exception without one, and 1,000 characters of text."""
+    try:
+        yield
+    except Exception as error:
+        if any(isinstance(origin, UserError) or ray_failed(origin) for origin in origins(error)):
+            raise
+        raise RuntimeError(f"a bug in a worker of Ray Train:\n\n{traceback.format_exc()}") from None
 
 
 def origins(error: BaseException) -> Iterator[BaseException]:

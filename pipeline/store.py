@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar, Protocol
 
+from pixelgen.errors import UserError
 from pixelgen.files import atomic
 
 PART = 64 << 20  # bytes of a part of a large object; S3 allows 10,000 of them
@@ -49,7 +50,7 @@ DISK_REMEDIES = {
 }
 
 
-class StorageError(RuntimeError):
+class StorageError(UserError):
     """An artifact is missing, unfinished or altered, or its storage fails; the message names it and the remedy."""
 
 
@@ -105,7 +106,7 @@ def on_disk(path: Path) -> Iterator[None]:
     """What the disk refuses to whoever writes to `path`, as a StorageError that names it and the remedy."""
     try:
         yield
-    except StorageError:  # whoever raised it knows the place better
+    except UserError:  # whoever raised it knows the place better
         raise
     except Exception as error:
         code = refusal(error)

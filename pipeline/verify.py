@@ -26,7 +26,7 @@ from pipeline.params import read_params
 from pipeline.runs import RUNS, in_use
 from pipeline.storage import MANIFEST, MANIFESTS, OBJECTS, Storage, object_name, read_location
 from pipeline.store import LocalStore, S3Store, StorageError, on_disk, open_store
-from pixelgen.config import ConfigError
+from pixelgen.errors import UserError
 
 OUT = Path("out")
 DAYS = 7.0  # without a change, before something may be pruned: an interrupted run is not in any manifest
@@ -65,7 +65,7 @@ def main() -> int:
             print(f"{found.files} files compared, {len(found.problems)} missing or changed, {len(left)} orphans")
             if arguments.prune:
                 prune(storage, left, delete=arguments.yes)
-    except (ConfigError, StorageError) as error:
+    except UserError as error:
         print(f"verify: {error}", file=sys.stderr)
         return 2
     return 1 if found.problems else 0

@@ -9,7 +9,8 @@ from typing import Any, get_args
 
 from PIL import Image
 
-from pixelgen.config import SamplerConfig, SamplerName
+from pixelgen.config import ConfigError, SamplerConfig, SamplerName
+from pixelgen.errors import UserError
 from pixelgen.generate import PixelGen
 
 HOST = "127.0.0.1"
@@ -33,7 +34,7 @@ def build(model: PixelGen, name: str) -> Any:
                                    order=2 if sampler == "adams_bashforth" else None)
             images = model.generate(asked, range(first, first + len(asked)), config, negative=negative,  # type: ignore
                                     callback=step)
-        except ValueError as error:
+        except UserError as error:
             raise gr.Error(str(error)) from None
         return [Image.fromarray(image) for image in images]
 
@@ -58,10 +59,13 @@ def build(model: PixelGen, name: str) -> Any:
 
 
 def serve(model: PixelGen, name: str, port: int) -> None:
-    """Serve the page until the process is interrupted. OSError if the port is taken."""
+    """Serve the page until the process is interrupted. ConfigError if the port is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((HOST, port))
+        try:
+            probe.bind((HOST, port))
+        except (OSError, OverflowError) as error:
+            raise ConfigError(f"port {port} of {HOST} cannot be used ({error}): choose another") from None
     print(f"http://{HOST}:{port} draws with {name}, until Ctrl-C", flush=True)
     build(model, name).launch(server_name=HOST, server_port=port, share=False, enable_monitoring=False, quiet=True,
                               inbrowser=False, show_error=True)

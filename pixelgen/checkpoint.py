@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pixelgen.config import ConfigError, DenoiserConfig, TextDenoiserConfig, choose, load
+from pixelgen.errors import CheckpointError
 from pixelgen.files import atomic
 from pixelgen.models import KINDS, SIZES, build_denoiser
 from pixelgen.models.jit import JiT
@@ -26,10 +27,6 @@ from pixelgen.train import TrainState
 
 Weights = dict[str, Tensor]
 Config = DenoiserConfig | TextDenoiserConfig
-
-
-class CheckpointError(ValueError):
-    """A file does not hold what it should; the message names the file and the keys."""
 
 
 def save_state(content: Mapping[str, Any], path: Path) -> None:
@@ -52,10 +49,7 @@ def load_state(state: TrainState, path: Path) -> None:
 
 def read_state(path: Path) -> Any:
     """The content of a checkpoint file, tensors on the CPU; nothing in the file is executed."""
-    try:
-        return read_pickle(path)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
+    return read_pickle(path)
 
 
 # --------------------------------------------------------------------------------------------- exported models
@@ -81,7 +75,7 @@ def read_config(directory: Path) -> Config:
                               "one from a published .ckpt; training writes one when it ends")
     try:
         described = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from None
     if not isinstance(described, Mapping) or "config" not in described:
         raise CheckpointError(f"{path}: not the description of an exported model, which has denoiser and config")
@@ -126,12 +120,7 @@ def start_from(state: TrainState, directory: Path) -> None:
 
 def load_weights(model: nn.Module, file: Path, rebuilt: Sequence[str] = ()) -> None:
     """Fill `model` from a safetensors file that fits it exactly, but for the entries that `model` has `rebuilt`."""
-    try:
-        state = read_safetensors(file)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}") from error
+    state = read_safetensors(file)
     state |= {k: v for k, v in model.state_dict().items() if k in rebuilt and k in state}
     check_weights(model, state, str(file))
     model.load_state_dict(state)
@@ -164,10 +153,7 @@ def read_published(path: Path, in_context_start: int | None = None) -> tuple[Con
     state = content.get("state_dict") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path}: not a Lightning checkpoint: there is no state_dict of tensors")
-    try:
-        state = check_state(state, path)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
+    state = check_state(state, path)
     groups: dict[str, Weights] = {"denoiser": {}, "ema_denoiser": {}, "diffusion_trainer.proj": {}}
     extra = []
     for key, value in state.items():

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 from pixelgen.config import SamplerName
+from pixelgen.errors import UserError
 from pixelgen.prompts import LAYOUTS
 
 
@@ -57,9 +58,17 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         return COMMANDS[args.command](args)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
+        if not isinstance(error, UserError) and not _given(error, args):
+            raise
         print(f"pixelgen {args.command}: {error}", file=sys.stderr)
         return 1
+
+
+def _given(error: OSError, args: argparse.Namespace) -> bool:
+    """Whether the system has refused a path of the command line, one above or one below: the user can mend that."""
+    refused, given = str(error.filename), [str(value) for value in vars(args).values() if isinstance(value, Path)]
+    return any(refused.startswith(path) or path.startswith(refused) for path in given)
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -74,7 +83,7 @@ def _convert(args: argparse.Namespace) -> int:
 def _sample(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from pixelgen.config import SamplerConfig
+    from pixelgen.config import SamplerConfig, require
     from pixelgen.generate import PixelGen
     from pixelgen.images import grid
     from pixelgen.prompts import check_layout, read_prompts, write_images
@@ -84,6 +93,8 @@ def _sample(args: argparse.Namespace) -> int:
     if prompts:
         check_layout(args.layout, args.per_prompt)
         args.out.mkdir(parents=True)  # FileExistsError: images of another run are never mixed in
+    else:
+        require(args.out.suffix == ".png", f"{args.out}: images of --labels go into one picture: name a .png")
     model = PixelGen.from_pretrained(args.model, device=args.device, precision=args.precision,
                                      text_encoder=args.text_encoder)
     if not prompts:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from pixelgen.checkpoint import load_denoiser
-from pixelgen.config import SamplerConfig, choose
+from pixelgen.config import ConfigError, SamplerConfig, choose, require
 from pixelgen.encoders.text import TextEncoder, load_text_encoder
+from pixelgen.errors import CheckpointError
 from pixelgen.images import to_uint8
 from pixelgen.models.jit import JiT
 from pixelgen.models.jit_t2i import JiTText
@@ -41,17 +42,20 @@ class PixelGen:
         if not directory.exists() and str(source).count("/") == 1 and not str(source).startswith((".", "/")):
             from huggingface_hub import snapshot_download
 
-            directory = Path(snapshot_download(str(source), allow_patterns=["config.json", "*.safetensors"]))
+            try:
+                directory = Path(snapshot_download(str(source), allow_patterns=["config.json", "*.safetensors"]))
+            except (OSError, ValueError) as error:  # what the Hub's client raises; so it does without a network
+                raise CheckpointError(f"{source}: no such directory, and nothing to be had from the Hub: {error}"
+                                      ) from error
         denoiser = load_denoiser(directory, weights)
         text = None
         if isinstance(denoiser, JiTText):
             c = denoiser.config
             if text_encoder is None:
-                raise ValueError(f"{directory} draws prompts: name the folder of its text encoder in text_encoder")
+                raise ConfigError(f"{directory} draws prompts: name the folder of its text encoder in text_encoder")
             text = load_text_encoder(text_encoder, c.text_length, device, precision)
-            if text.width != c.text_width:
-                raise ValueError(f"{text_encoder} gives features of width {text.width}, {directory} was trained on "
-                                 f"{c.text_width}: it is another text encoder")
+            require(text.width == c.text_width, f"{text_encoder} gives features of width {text.width}, {directory} was "
+                    f"trained on {c.text_width}: it is another text encoder")
         if compile:
             denoiser.compile()
         return cls(denoiser.to(device), precision, text)
@@ -87,21 +91,20 @@ class PixelGen:
         if isinstance(self.denoiser, JiTText):
             assert self.text is not None
             return self.text([negative])
-        if negative:
-            raise ValueError(f"negative {negative!r}: a class-conditional model takes no negative prompt")
+        require(not negative, f"negative {negative!r}: a class-conditional model takes no negative prompt")
         return torch.tensor([self.denoiser.null_label], device=self.denoiser.output_weight.device)
 
     def conditions(self, wanted: Sequence[int | str]) -> Tensor:
-        """What the denoiser is given for labels or prompts: labels (N,) or text features (N, L, C). ValueError for
+        """What the denoiser is given for labels or prompts: labels (N,) or text features (N, L, C). ConfigError for
         what this model cannot draw."""
         if isinstance(self.denoiser, JiTText):
             assert self.text is not None
             if wrong := [w for w in wanted if not isinstance(w, str)]:
-                raise ValueError(f"this model draws prompts, not labels such as {wrong[0]!r}")
+                raise ConfigError(f"this model draws prompts, not labels such as {wrong[0]!r}")
             return self.text(wanted)  # type: ignore[arg-type]
         classes = self.denoiser.config.num_classes
         if strange := [w for w in wanted if isinstance(w, str) or not 0 <= w < classes]:
-            raise ValueError(f"labels {sorted(set(strange), key=str)} are outside 0 to {classes - 1}")
+            raise ConfigError(f"labels {sorted(set(strange), key=str)} are outside 0 to {classes - 1}")
         return torch.tensor(wanted, device=self.denoiser.output_weight.device)
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pixelgen.config import DenoiserConfig, FitConfig, OptimizerConfig, TextDenoiserConfig, require
 from pixelgen.ema import ema_copy, ema_update
+from pixelgen.errors import UserError
 from pixelgen.images import to_float
 from pixelgen.losses import balance_weight
 from pixelgen.models import build_denoiser
@@ -29,7 +30,7 @@ from pixelgen.models.jit_t2i import JiTText
 from pixelgen.objective import Losses, Objective, WithProjector, repa_projector
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError):
     """A loss term, the gradient or the perceptual weight is NaN or infinite. Raised before the optimizer step: the
     state is still good."""
 

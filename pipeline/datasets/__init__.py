@@ -15,11 +15,12 @@ import numpy as np
 from PIL import Image
 
 from pipeline.params import DatasetParams, SourceParams
+from pixelgen.errors import UserError
 
 SPLITS = ("train", "heldout")
 
 
-class DatasetError(ValueError):
+class DatasetError(UserError):
     """A source, or too much of it, cannot be used; the message names the path and the remedy."""
 
 

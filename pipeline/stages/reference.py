@@ -19,6 +19,7 @@ from pipeline.params import read_params, stage_params
 from pipeline.runs import run_stage
 from pipeline.storage import Storage, fresh_directory
 from pixelgen.config import ConfigError
+from pixelgen.errors import UserError
 from pixelgen.metrics import fid
 
 OUT, SHARDS, WEIGHTS = Path("out/reference"), Path("out/shard"), Path("out/weights")
@@ -64,7 +65,7 @@ def published(extractor: fid.Extractor, npz: str) -> fid.Reference:
     """The reference in `npz`. ConfigError if it cannot be read or holds another extractor's features."""
     try:
         reference = fid.load_reference(npz)
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         raise ConfigError(f"{error}; set npz of this reference to a file in ADM's layout or null") from error
     probe = fid.extract(extractor, np.zeros((1, 32, 32, 3), np.uint8), 1)
     found, expected = (len(reference.mu), len(reference.mu_s)), (probe.pool.shape[1], probe.spatial.shape[1])

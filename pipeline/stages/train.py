@@ -22,11 +22,11 @@ from pipeline.batches import Plan, Source, first_captions, lane_batches, open_sp
 from pipeline.checkpoints import NOTES, Checkpoints, writing
 from pipeline.cluster import Cluster, connect, read_cluster
 from pipeline.params import NONE, TrainParams, read_params, stage_params
-from pipeline.runs import Stopped, lease, run_directory, run_stage
+from pipeline.runs import Stopped, lease, run_directory, run_stage, whole_tracebacks
 from pipeline.storage import Artifact, Storage, fresh_directory
 from pipeline.store import StorageError, Store, on_disk, write_atomic
 from pixelgen.checkpoint import export, load_state, read_state, start_from
-from pixelgen.config import CHANGEABLE, ConfigError, DenoiserConfig, ObjectiveConfig, require
+from pixelgen.config import CHANGEABLE, DenoiserConfig, ObjectiveConfig, require
 from pixelgen.encoders.dino import load_dino
 from pixelgen.encoders.lpips import load_lpips
 from pixelgen.encoders.text import TextEncoder, load_text_encoder
@@ -142,7 +142,7 @@ def train(run: Run) -> None:
             run_config=RunConfig(name="train", storage_path=run.store.uri("ray"),
                                  failure_config=FailureConfig(max_failures=cluster.max_failures))).fit()
     with contextlib.suppress(FileNotFoundError):
-        raise ConfigError(run.store.read(FAILURE).decode())
+        raise NonFiniteError(run.store.read(FAILURE).decode())
     if not run.done:
         raise Stopped(f"step {run.checkpoints.steps()[-1]} is saved")
 
@@ -157,6 +157,7 @@ def stopping(run: Run) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@whole_tracebacks()
 def train_rank(config: dict[str, Run]) -> None:
     """One rank: restore or create the state, then fit."""
     from ray.train import get_context
@@ -166,8 +167,8 @@ def train_rank(config: dict[str, Run]) -> None:
     params, rank, world = run.params, get_context().get_world_rank(), get_context().get_world_size()
     torch.set_num_threads(run.cluster.threads_per_worker)
     device = get_device()
-    if device.type != run.cluster.device:
-        raise RuntimeError(f"the cluster file promises {run.cluster.device}, this worker has {device}")
+    require(device.type == run.cluster.device, f"gpus_per_worker {run.cluster.gpus_per_worker} of the cluster file "
+            f"promises {run.cluster.device}, but this worker has {device}: correct it")
     lanes = range(rank * params.fit.lanes // world, (rank + 1) * params.fit.lanes // world)
     weights = run.weights.local()
     text = build_text(params, weights, device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pixelgen.errors import CheckpointError
 from pixelgen.tensors import read_safetensors
 
 PATCH = 14
@@ -26,8 +27,8 @@ def load_dino(directory: str | Path, grid: int) -> "Dino":
     directory = Path(directory)
     config = json.loads((directory / "config.json").read_text())
     if not timm.is_model(config["architecture"]) or not config["arguments"].keys() <= ARGUMENTS:
-        raise ValueError(f"{directory / 'config.json'}: expected an architecture that is part of timm, with no other "
-                         f"arguments than {', '.join(sorted(ARGUMENTS))}, not {config}")
+        raise CheckpointError(f"{directory / 'config.json'}: expected an architecture that is part of timm, with no "
+                              f"other arguments than {', '.join(sorted(ARGUMENTS))}, not {config}")
     network = timm.create_model(config["architecture"], pretrained=False, num_classes=0, img_size=grid * PATCH,
                                 **config["arguments"])
     state = read_safetensors(directory / "model.safetensors")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pixelgen.errors import CheckpointError
 from pixelgen.tensors import read_pickle
 
 NAME = "inception-v3-compat"
@@ -46,13 +47,13 @@ def load_inception(path: str | Path, device: str | torch.device = "cpu") -> Ince
 
     It is named `inception-v3-compat` only with the published weights. Others, such as a stand-in for tests,
     load under a name with their checksum, so that no figure of theirs passes for FID.
-    Raises FileNotFoundError, or ValueError when the file holds anything but weights of this network.
+    Raises CheckpointError when the file is not there or holds anything but weights of this network.
     """
     from torch_fidelity import feature_extractor_inceptionv3 as published  # type: ignore[import-untyped] # slow
 
     path, device = Path(path), torch.device(device)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected torch-fidelity's {FILE}")
+        raise CheckpointError(f"{path}: no such file; expected torch-fidelity's {FILE}")
     checked = io.BytesIO()  # torch-fidelity would run what is in a pickle: it gets one that was written here
     torch.save(read_pickle(path), checked)
     checked.seek(0)
@@ -63,7 +64,7 @@ def load_inception(path: str | Path, device: str | torch.device = "cpu") -> Ince
             feature_extractor_weights_path=checked,
         )
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{path}: not the weights of {NAME}: {str(error)[:500]}") from error
+        raise CheckpointError(f"{path}: not the weights of {NAME}: {str(error)[:500]}") from error
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Inception(network.to(device), NAME if digest == SHA256 else f"inception-{digest[:8]}", device)

@@ -5,30 +5,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
+
+from pixelgen.errors import CheckpointError
+from pixelgen.tensors import reading
 
 
 def load_text_encoder(directory: str | Path, length: int, device: str | torch.device = "cpu",
                       precision: str = "fp32") -> "TextEncoder":
     """The encoder and its tokenizer in `directory`, as transformers' `save_pretrained` writes them.
 
-    Any model of `AutoModel` will do; the paper's is `Qwen/Qwen3-1.7B`, in bf16. FileNotFoundError if there is none.
+    Any model of `AutoModel` will do; the paper's is `Qwen/Qwen3-1.7B`, in bf16. CheckpointError if there is none.
     No code that comes with them is run.
     """
     from transformers import AutoModel, AutoTokenizer  # slow to import; only text needs it
 
     if not (Path(directory) / "config.json").is_file():
-        raise FileNotFoundError(f"{directory}: not a text encoder: there is no config.json. Needed is a folder with "
-                                "model and tokenizer, such as a copy of Qwen/Qwen3-1.7B")
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False,
-                                              padding_side="right")
-    try:
+        raise CheckpointError(f"{directory}: not a text encoder: there is no config.json. Needed is a folder with "
+                              "model and tokenizer, such as a copy of Qwen/Qwen3-1.7B")
+    with reading(Path(directory), "text encoder with safetensors"):
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False,
+                                                  padding_side="right")
         network = AutoModel.from_pretrained(directory, local_files_only=True, trust_remote_code=False,
                                             use_safetensors=True,
                                             dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    except SafetensorError as error:
-        raise ValueError(f"{directory}: its weights cannot be read as safetensors: {error}") from error
     return TextEncoder(tokenizer, network.to(device), length)
 
 

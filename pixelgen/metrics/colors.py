@@ -12,9 +12,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from pixelgen.errors import CheckpointError
 from pixelgen.images import plain_crop
 from pixelgen.metrics.geneval import COLORS, TEMPLATES, crop
 from pixelgen.metrics.pretrained import build, read_weights, weights_file
+from pixelgen.tensors import reading
 
 Array = np.ndarray
 
@@ -67,20 +69,21 @@ def load_colors(path: str | Path, device: str | torch.device) -> ClipColors:
     tokenizer. Nothing is downloaded.
 
     It is named `clip-vit-large-patch14` only with the published weights and architecture, else by their checksum.
-    Raises FileNotFoundError, or ValueError when the directory holds anything but a CLIP.
+    Raises CheckpointError when the directory is not there or holds anything but a CLIP.
     """
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer  # slow
 
     path, device = Path(path), torch.device(device)
     if path.is_file():
-        raise ValueError(f"{path}: a file; expected a directory with a CLIP and its tokenizer")
+        raise CheckpointError(f"{path}: a file; expected a directory with a CLIP and its tokenizer")
     file = weights_file(path)
     if not (path / "tokenizer.json").is_file() and not all((path / n).is_file() for n in ("vocab.json", "merges.txt")):
-        raise FileNotFoundError(f"{path}: no tokenizer.json there, nor vocab.json and merges.txt")
+        raise CheckpointError(f"{path}: no tokenizer.json there, nor vocab.json and merges.txt")
     state, digest = read_weights(file)
-    config = CLIPConfig.from_pretrained(path)
+    with reading(path, "CLIP"):
+        config, tokenizer = CLIPConfig.from_pretrained(path), CLIPTokenizer.from_pretrained(path)
     network = build(CLIPModel, config, state, file, unused=r"position_ids$")
     eyes, words = network.config.vision_config, network.config.text_config
     told = (eyes.hidden_act, eyes.num_attention_heads, words.hidden_act, words.num_attention_heads)
     name = NAME if digest in SHA256 and told == PUBLISHED else f"clip-{digest[:8]}"
-    return ClipColors(network.to(device), CLIPTokenizer.from_pretrained(path), name, device)
+    return ClipColors(network.to(device), tokenizer, name, device)

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pixelgen.errors import CheckpointError
 from pixelgen.metrics.geneval import Found
 from pixelgen.metrics.pretrained import build, read_weights, weights_file
+from pixelgen.tensors import reading
 
 Array = np.ndarray
 Size = tuple[int, int]  # height, width
@@ -65,7 +67,7 @@ def load_detector(path: str | Path, device: str | torch.device) -> Mask2Former:
 
     It is named `mask2former-swin-s-mmdet` only with the published file. Other weights, such as the Hub's, load under a
     name with their checksum, so that no figure of theirs passes for the benchmark's.
-    Raises FileNotFoundError, or ValueError when the file holds anything but weights of this network.
+    Raises CheckpointError when the file is not there or holds anything but weights of this network.
     """
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation  # slow
 
@@ -73,9 +75,11 @@ def load_detector(path: str | Path, device: str | torch.device) -> Mask2Former:
     file = weights_file(path)
     state, digest = read_weights(file)
     if path.is_dir():
-        config = Mask2FormerConfig.from_pretrained(path)
+        with reading(path, "Mask2Former"):
+            config = Mask2FormerConfig.from_pretrained(path)
         if config.num_labels != len(CLASSES):
-            raise ValueError(f"{path}: a detector of {config.num_labels} classes instead of COCO's {len(CLASSES)}")
+            raise CheckpointError(f"{path}: a detector of {config.num_labels} classes instead of COCO's "
+                                  f"{len(CLASSES)}")
     else:
         config, state = Mask2FormerConfig(**SWIN_S), from_mmdet(state)
     network = build(Mask2FormerForUniversalSegmentation, config, state, file, UNUSED)

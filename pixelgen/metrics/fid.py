@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pixelgen.encoders.inception import NAME as INCEPTION
+from pixelgen.errors import FileError
 
 Array = np.ndarray
 Images = Array | Iterable[Array]  # one array of images, or several in turn
@@ -69,7 +70,8 @@ class Reference:
 
 
 def load_reference(path: str | Path) -> Reference:
-    """Read an ADM reference batch: npz with mu, sigma, mu_s, sigma_s and, for precision and recall, arr_0."""
+    """Read an ADM reference batch: npz with mu, sigma, mu_s, sigma_s and, for precision and recall, arr_0.
+    FileError if it holds anything else."""
     arrays = _read_npz(path, ("mu", "sigma", "mu_s", "sigma_s"), optional=("arr_0",))
     with _naming(path):
         return Reference(images=arrays.pop("arr_0", None), **arrays)
@@ -87,7 +89,7 @@ def save_reference(path: str | Path, reference: Reference) -> None:
 
 
 def load_samples(path: str | Path) -> Array:
-    """Generated images (N, H, W, 3) uint8: `arr_0` of an npz."""
+    """Generated images (N, H, W, 3) uint8: `arr_0` of an npz. FileError if it holds anything else."""
     arrays = _read_npz(path, ("arr_0",))
     with _naming(path):
         return _check_images(arrays["arr_0"])
@@ -95,10 +97,11 @@ def load_samples(path: str | Path) -> Array:
 
 @contextmanager
 def _naming(path: str | Path) -> Iterator[None]:
+    """Whatever is wrong with an archive, which can raise almost anything if it is damaged, as a FileError."""
     try:
         yield
-    except Exception as error:  # a damaged archive can raise almost anything
-        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:
+        raise FileError(f"{path}: {error}") from error
 
 
 def _read_npz(path: str | Path, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Array]:

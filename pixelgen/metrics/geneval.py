@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
+from pixelgen.errors import FileError
+
 Array = np.ndarray
 Detections = Mapping[str, Array]  # class -> (N, 5), box and score
 Colors = Callable[[str, Array], Sequence[str]]  # class, (n, 5) -> the colour of each
@@ -211,7 +213,9 @@ def judge_image(image: Array, prompt: Mapping[str, Any], detector: Detector, col
 
 def list_images(directory: Path) -> list[Sample]:
     """The images of a folder in the benchmark's layout: `00000/metadata.jsonl`, `00000/samples/0000.png` and so on.
-    Other files are left aside, as by the benchmark's own tool. ValueError that names all that is missing or damaged."""
+    Other files are left aside, as by the benchmark's own tool. FileError that names all that is missing or damaged."""
+    if not directory.is_dir():
+        raise FileError(f"{directory}: no such folder of GenEval images")
     samples: list[Sample] = []
     problems: list[str] = []
     folders = sorted(f for f in directory.iterdir() if f.is_dir() and f.name.isdigit())
@@ -235,7 +239,7 @@ def list_images(directory: Path) -> list[Sample]:
         problems.append("no folder 00000, 00001, …")
     if problems:
         more = f"\nand {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ValueError(f"{directory}: not a folder of GenEval images\n" + "\n".join(problems[:20]) + more)
+        raise FileError(f"{directory}: not a folder of GenEval images\n" + "\n".join(problems[:20]) + more)
     return samples
 
 
@@ -271,7 +275,7 @@ def evaluate_image(sample: Sample, detector: Detector, colors: ColorClassifier, 
     try:
         image = np.asarray(ImageOps.exif_transpose(open_image(io.BytesIO(data))).convert("RGB"))
     except Exception as error:  # a damaged file can raise anything
-        raise ValueError(f"{sample.path}: not a readable image: {error}") from error
+        raise FileError(f"{sample.path}: not a readable image: {error}") from error
     verdict = judge_image(image, sample.prompt, detector, colors, rules)
     return {"filename": sample.filename, "tag": sample.prompt["tag"], "prompt": sample.prompt["prompt"],
             "correct": verdict.correct, "reason": verdict.reason, "metadata": json.dumps(sample.prompt),
@@ -284,7 +288,7 @@ def evaluate_folder(directory: Path, detector: Detector, colors: ColorClassifier
     """Judge every image of a folder, one line of `results` each, and return the score and who judged.
 
     What is recorded already is not judged again, so a run goes on where it was cut off; a line that was cut off is
-    dropped. ValueError if `results` are of other judges or rules, or of images that are not in the folder as they were.
+    dropped. FileError if `results` are of other judges or rules, or of images that are not in the folder as they were.
     """
     samples = list_images(directory)
     judges = {"detector": detector.name, "color_classifier": colors.name}
@@ -295,8 +299,8 @@ def evaluate_folder(directory: Path, detector: Detector, colors: ColorClassifier
         sample = present.get(name)
         if sample is None or record["metadata"] != json.dumps(sample.prompt) \
                 or record["sha256"] != hashlib.sha256(sample.path.read_bytes()).hexdigest():
-            raise ValueError(f"{results} records {name}, which is not in {directory} as it was then; delete {results} "
-                             "to start afresh")
+            raise FileError(f"{results} records {name}, which is not in {directory} as it was then; delete {results} "
+                            "to start afresh")
     with results.open("a", encoding="utf-8") as file:
         for sample in progress([s for s in samples if s.filename not in done]):
             done[sample.filename] = evaluate_image(sample, detector, colors, rules)
@@ -310,9 +314,9 @@ def _check_judges(results: Path, judges: dict[str, Any]) -> None:
     path = results.with_name(results.name + ".judges")
     if results.exists():
         if not path.is_file():
-            raise ValueError(f"{results} exists without {path.name}, which says whose it is; write to another file")
+            raise FileError(f"{results} exists without {path.name}, which says whose it is; write to another file")
         if (recorded := json.loads(path.read_text("utf-8"))) != judges:
-            raise ValueError(f"{results} is by {recorded}, not by {judges}; write to another file")
+            raise FileError(f"{results} is by {recorded}, not by {judges}; write to another file")
     else:
         results.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(judges, indent=2) + "\n", "utf-8")
@@ -326,9 +330,9 @@ def _read_results(path: Path) -> dict[str, dict[str, Any]]:
         records = [json.loads(line) for line in whole.splitlines()]
         named = {r["filename"]: r for r in records if r.keys() >= {"tag", "correct", "metadata", "sha256"}}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: a line in it is no result: {error}") from error
+        raise FileError(f"{path}: a line in it is no result: {error}") from error
     if len(named) != len(records):
-        raise ValueError(f"{path}: an image is recorded twice, or a line lacks something")
+        raise FileError(f"{path}: an image is recorded twice, or a line lacks something")
     if len(whole) < len(data):
         with path.open("r+b") as file:
             file.truncate(len(whole))

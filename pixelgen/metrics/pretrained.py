@@ -11,23 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pixelgen.errors import CheckpointError
 from pixelgen.tensors import check_state, read_pickle, read_safetensors
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a directory, the first that is there
 
 
 def weights_file(path: Path) -> Path:
-    """`path` itself, or the weights in it if it is a directory written by transformers' `save_pretrained`."""
+    """`path` itself, or the weights in it if it is a directory written by transformers' `save_pretrained`.
+    CheckpointError if there are none."""
     if path.is_file():
         return path
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such file or directory")
+        raise CheckpointError(f"{path}: no such file or directory")
     if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path / 'config.json'}: no such file; expected what save_pretrained writes")
+        raise CheckpointError(f"{path / 'config.json'}: no such file; expected what save_pretrained writes")
     for name in WEIGHTS:
         if (path / name).is_file():
             return path / name
-    raise FileNotFoundError(f"{path}: holds neither {' nor '.join(WEIGHTS)}")
+    raise CheckpointError(f"{path}: holds neither {' nor '.join(WEIGHTS)}")
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
@@ -40,7 +42,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
 
 def build(network: type[Any], config: Any, state: Mapping[str, Tensor], source: Path, unused: str) -> Any:
     """The frozen `network` of a config with weights under the names of the Hub's files, which outlive transformers'
-    renamings of its modules. ValueError that lists what is missing, extra or misshaped, `unused` (a regular
+    renamings of its modules. CheckpointError that lists what is missing, extra or misshaped, `unused` (a regular
     expression) left aside."""
     with _quietly():
         model, info = network.from_pretrained(None, config=config, state_dict=dict(state), dtype=torch.float32,
@@ -51,7 +53,7 @@ def build(network: type[Any], config: Any, state: Mapping[str, Tensor], source: 
     problems = [f"{what} ({len(keys)}): {', '.join(keys)}" for what, names in found.items()
                 if (keys := [name for name in names if not re.search(unused, name)])]
     if problems:
-        raise ValueError(f"{source}: not the weights of {network.__name__}; " + "; ".join(problems))
+        raise CheckpointError(f"{source}: not the weights of {network.__name__}; " + "; ".join(problems))
     return model.eval().requires_grad_(False)
 
 

@@ -25,6 +25,7 @@ from pipeline.batches import (
 from pipeline.params import TextParams
 from pipeline.storage import MANIFEST, Storage
 from pipeline.store import StorageError
+from pixelgen.config import ConfigError
 from pixelgen.images import adm_crop
 from tests.pipeline.folders import picture, split_of
 
@@ -138,9 +139,9 @@ def test_shards_come_in_another_order_every_epoch():
 
 
 def test_too_few_images_for_a_batch_is_an_error_that_says_so():
-    with pytest.raises(ValueError, match="7 training images are fewer than one batch of 8: lower"):
+    with pytest.raises(ConfigError, match="7 training images are fewer than one batch of 8: lower"):
         plan_of([7], batch_size=8, lanes=1).check()
-    with pytest.raises(ValueError, match="source 1 of the mixture has weight 0.001, less than one image in 64"):
+    with pytest.raises(ConfigError, match="source 1 of the mixture has weight 0.001, less than one image in 64"):
         plan_of([900], [900], batch_size=8, lanes=2, weights=[1, 0.001]).check()
     plan_of([8], batch_size=8, lanes=1).check()
 

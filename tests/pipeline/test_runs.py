@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError, UserCodeException
 from ray.train import WorkerGroupError
 
-from pipeline import runs
-from pipeline.store import StorageError
+from pipeline import fetch, runs, verify
+from pipeline.datasets import DatasetError
+from pipeline.store import StorageError, on_disk
+from pixelgen.config import ConfigError
 
 HOLDER = """
 import sys, time
@@ -108,6 +111,7 @@ def task_error(cause):
 
 @pytest.mark.parametrize(("error", "line"), [
     (StorageError("no bucket"), "stage: no bucket"),
+    (task_error(ConfigError("no such key")), "stage: no such key"),
     (task_error(StorageError("no bucket")), "stage: no bucket"),
     (WorkerGroupError("...", {0: RuntimeError("connection closed by peer"), 1: task_error(StorageError("no bucket"))}),
      "stage: no bucket"),
@@ -130,7 +134,8 @@ def test_a_stage_ends_with_one_line_whatever_ray_has_wrapped_it_in(monkeypatch, 
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), WorkerGroupError("...", {0: RuntimeError("a bug")}),
-                                   task_error(UserCodeException("a bug")), FileNotFoundError(2, "not there", "x")])
+                                   task_error(UserCodeException("a bug")), FileNotFoundError(2, "not there", "x"),
+                                   ValueError("a bug"), task_error(ValueError("a bug"))])
 def test_a_bug_keeps_its_traceback(error):
     def main():
         raise error
@@ -138,3 +143,63 @@ def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error)) as raised:
         runs.run_stage(main)
     assert raised.value is error
+
+
+@runs.whole_tracebacks()
+def rank(error=None):
+    if error:
+        raise error
+    return [*zip([1], [], strict=True)]
+
+
+def test_a_bug_in_a_worker_is_shown_once_with_its_whole_traceback(capsys):
+    """Ray Train cuts the text of its own exception."""
+    with pytest.raises(RuntimeError) as bug:
+        rank()
+    failures = {number: pickle.loads(pickle.dumps(bug.value)) for number in range(2)}
+
+    def main():
+        raise WorkerGroupError("cut short", failures)
+
+    with pytest.raises(WorkerGroupError):
+        runs.run_stage(main)
+    printed = capsys.readouterr().err
+    assert printed.count("in rank\n") == printed.count("ValueError: zip() argument 2 is shorter than argument 1") == 1
+
+
+@pytest.mark.parametrize("error", [ConfigError("no such key"), task_error(StorageError("no bucket")), ActorDiedError()])
+def test_what_is_no_bug_leaves_a_worker_as_it_is(error):
+    with pytest.raises(type(error)) as raised:
+        rank(error)
+    assert raised.value is error
+
+
+def test_a_mistake_is_not_taken_for_the_error_of_the_disk_that_showed_it(tmp_path):
+    def read():
+        try:
+            raise PermissionError(13, "Permission denied", "data")
+        except OSError as error:
+            raise DatasetError("data: correct path") from error
+
+    with pytest.raises(DatasetError, match="data: correct path"), on_disk(tmp_path):
+        read()
+
+
+@pytest.mark.parametrize(("tool", "status"), [(fetch, 1), (verify, 2)])
+def test_tools_tell_mistakes_from_bugs(tool, status, monkeypatch, capsys):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(tool, "read_params", fail)
+    monkeypatch.setattr(sys, "argv", ["tool", *(["out/weights"] if tool is fetch else [])])
+    error = ConfigError("no such key")
+    assert tool.main() == status and capsys.readouterr().err.endswith(": no such key\n")
+    error = ValueError("a bug")
+    with pytest.raises(ValueError, match="a bug"):
+        tool.main()
+
+
+def test_fetch_does_not_mix_files_into_a_directory(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fetch", "out/weights", "--to", str(tmp_path)])
+    assert fetch.main() == 1
+    assert f"{tmp_path} exists already: name a new directory" in capsys.readouterr().err

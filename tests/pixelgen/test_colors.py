@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pixelgen.errors import CheckpointError
 from pixelgen.metrics import colors
 from pixelgen.metrics.colors import load_colors
 from pixelgen.metrics.geneval import COLORS, TEMPLATES, crop
@@ -134,14 +135,14 @@ def test_weights_that_do_not_fit_are_listed_and_no_code_runs(directory, tmp_path
     load_colors(tmp_path, "cpu")  # a buffer of older versions, in the published file too
     lacking = {k: v for k, v in state.items() if k != "logit_scale"} | {"foo": torch.zeros(1)}
     save_file(lacking, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"not the weights of CLIPModel; missing \(1\): logit_scale; extra \(1\): foo"):
+    with pytest.raises(CheckpointError, match=r"weights of CLIPModel; missing \(1\): logit_scale; extra \(1\): foo"):
         load_colors(tmp_path, "cpu")
     (tmp_path / "model.safetensors").write_bytes((directory / "model.safetensors").read_bytes()[:2000])
-    with pytest.raises(ValueError, match=r"model\.safetensors: not a readable file"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: not a readable file"):
         load_colors(tmp_path, "cpu")
     (tmp_path / "model.safetensors").unlink()
     torch.save(Shell(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin: not a readable file of plain tensors"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: not a readable file of plain tensors"):
         load_colors(tmp_path, "cpu")
     assert "ran code" not in capsys.readouterr().out
 
@@ -152,11 +153,15 @@ class Shell:
 
 
 def test_missing_files_are_named(directory, tmp_path):
-    with pytest.raises(FileNotFoundError, match="none"):
+    with pytest.raises(CheckpointError, match="none"):
         load_colors(tmp_path / "none", "cpu")
-    with pytest.raises(ValueError, match="expected a directory"):
+    with pytest.raises(CheckpointError, match="expected a directory"):
         load_colors(directory / "config.json", "cpu")
     for name in ("config.json", "model.safetensors", "vocab.json"):
         (tmp_path / name).write_bytes((directory / name).read_bytes())
-    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        load_colors(tmp_path, "cpu")
+    (tmp_path / "merges.txt").write_bytes((directory / "merges.txt").read_bytes())
+    (tmp_path / "config.json").write_text("no JSON")
+    with pytest.raises(CheckpointError, match="not a readable CLIP"):
         load_colors(tmp_path, "cpu")

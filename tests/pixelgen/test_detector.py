@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from pixelgen.errors import CheckpointError
 from pixelgen.metrics import detector
 from pixelgen.metrics.detector import CLASSES, find, from_mmdet, load_detector, prepare
 
@@ -216,7 +217,7 @@ def test_what_does_not_fit_is_listed(tmp_path, saved, small):
         r"missing \(\d+\): .*extra \(1\): bar": {"bar": torch.zeros(())},
     }.items():
         torch.save({"state_dict": state, "meta": {}}, path)
-        with pytest.raises(ValueError, match=r"w\.pth: not the weights of Mask2Former.*" + what):
+        with pytest.raises(CheckpointError, match=r"w\.pth: not the weights of Mask2Former.*" + what):
             load_detector(path, "cpu")
 
 
@@ -229,21 +230,21 @@ def test_no_code_of_a_file_runs(tmp_path, checkpoint, saved, small, capsys):
     path = tmp_path / "w.pth"
     for content in ({"state_dict": saved, "meta": Shell()}, Shell(), {"state_dict": {"a": Shell()}}):
         torch.save(content, path)
-        with pytest.raises(ValueError, match=r"w\.pth: not a readable file of plain tensors"):
+        with pytest.raises(CheckpointError, match=r"w\.pth: not a readable file of plain tensors"):
             load_detector(path, "cpu")
     for content in ([1, 2], {"state_dict": [1]}, {"a": 1}, 3):
         torch.save(content, path)
-        with pytest.raises(ValueError, match=r"w\.pth: not a state dict"):
+        with pytest.raises(CheckpointError, match=r"w\.pth: not a state dict"):
             load_detector(path, "cpu")
     for data in (b"", b"text", checkpoint.read_bytes()[:5000]):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=r"w\.pth: not a readable file"):
+        with pytest.raises(CheckpointError, match=r"w\.pth: not a readable file"):
             load_detector(path, "cpu")
     folder = tmp_path / "hub"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "mask2former"}))
     torch.save(Shell(), folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin: not a readable file"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: not a readable file"):
         load_detector(folder, "cpu")
     assert "ran code" not in capsys.readouterr().out
 
@@ -258,17 +259,20 @@ def test_a_directory_of_the_hubs_layout_loads_under_another_name(tmp_path, netwo
     config["id2label"] = {str(i): str(i) for i in range(133)}
     config["label2id"] = {str(i): i for i in range(133)}
     (tmp_path / "hub" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="133 classes instead of COCO's 80"):
+    with pytest.raises(CheckpointError, match="133 classes instead of COCO's 80"):
+        load_detector(tmp_path / "hub", "cpu")
+    (tmp_path / "hub" / "config.json").write_text("no JSON")
+    with pytest.raises(CheckpointError, match="hub: not a readable Mask2Former"):
         load_detector(tmp_path / "hub", "cpu")
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.pth: no such file or directory"):
+    with pytest.raises(CheckpointError, match=r"none\.pth: no such file or directory"):
         load_detector(tmp_path / "none.pth", "cpu")
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         load_detector(tmp_path, "cpu")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
         load_detector(tmp_path, "cpu")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from pixelgen.errors import FileError
 from pixelgen.metrics import fid
 from pixelgen.metrics.fid import Features, Moments, Reference
 
@@ -356,7 +357,7 @@ def test_references_saved_in_another_order_of_memory_have_equal_bytes(tmp_path):
 def test_a_bad_reference_is_refused_by_name(tmp_path, change, message):
     original = {name: value for name, value in vars(reference()).items() if name != "images"} | change
     np.savez(tmp_path / "r.npz", **{name: value for name, value in original.items() if value is not None})
-    with pytest.raises(ValueError, match=rf"r\.npz: .*{message}"):
+    with pytest.raises(FileError, match=rf"r\.npz: .*{message}"):
         fid.load_reference(tmp_path / "r.npz")
 
 
@@ -366,7 +367,7 @@ def test_a_bad_reference_is_refused_by_name(tmp_path, change, message):
 ])
 def test_bad_samples_are_refused(tmp_path, array):
     np.savez(tmp_path / "s.npz", array)
-    with pytest.raises(ValueError, match=r"s\.npz: "):
+    with pytest.raises(FileError, match=r"s\.npz: "):
         fid.load_samples(tmp_path / "s.npz")
 
 
@@ -380,7 +381,7 @@ def test_files_that_are_no_npz_are_refused(tmp_path):
         archive.writestr("arr_0.npy", "not an array")
     for content in (b"", b"text", buffer.getvalue(), (tmp_path / "text.npz").read_bytes()):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"s\.npz: "):
+        with pytest.raises(FileError, match=r"s\.npz: "):
             fid.load_samples(path)
 
 
@@ -391,13 +392,13 @@ def test_truncated_and_damaged_files_are_refused(tmp_path, save):
     whole = path.read_bytes()
     for length in range(0, len(whole), 37):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"s\.npz: "):
+        with pytest.raises(FileError, match=r"s\.npz: "):
             fid.load_samples(path)
     for position in range(len(whole)):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :])
         try:
             np.testing.assert_array_equal(fid.load_samples(path), images)  # a field nobody reads
-        except ValueError as error:
+        except FileError as error:
             assert str(error).startswith(f"{path}: ")
 
 

@@ -1,13 +1,15 @@
 """From an exported model to images."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from pixelgen import PixelGen
+from pixelgen import PixelGen, cli
 from pixelgen.checkpoint import CheckpointError, export
 from pixelgen.cli import main
-from pixelgen.config import SamplerConfig
+from pixelgen.config import ConfigError, SamplerConfig
 from tests.pixelgen.conftest import tiny_config, tiny_denoiser
 
 LABELS, SEEDS = [i % 4 for i in range(16)], list(range(100, 116))
@@ -61,14 +63,14 @@ def test_noise_of_a_seed_is_its_own(model):
     assert torch.equal(torch.get_rng_state(), state), "the generator of everyone else is left alone"
 
 
-@pytest.mark.parametrize(("labels", "seeds", "message"), [
-    ([0, 4, 9], [0, 1, 2], r"labels \[4, 9\] are outside 0 to 3"),
-    ([-1], [0], r"labels \[-1\]"),
-    ([0, 1], [0], "2 labels or prompts, but 1 seeds"),
-    ([], [], "no labels"),
+@pytest.mark.parametrize(("labels", "seeds", "error", "message"), [
+    ([0, 4, 9], [0, 1, 2], ConfigError, r"labels \[4, 9\] are outside 0 to 3"),
+    ([-1], [0], ConfigError, r"labels \[-1\]"),
+    ([0, 1], [0], ValueError, "2 labels or prompts, but 1 seeds"),
+    ([], [], ValueError, "no labels"),
 ])
-def test_wrong_labels_and_seeds_are_refused(model, labels, seeds, message):
-    with pytest.raises(ValueError, match=message):
+def test_wrong_labels_and_seeds_are_refused(model, labels, seeds, error, message):
+    with pytest.raises(error, match=message):
         model.generate(labels, seeds)
 
 
@@ -89,8 +91,19 @@ def test_from_pretrained_errors(tmp_path):
     for source in (tmp_path, str(tmp_path / "nowhere"), "nowhere", "./nowhere/model"):
         with pytest.raises(CheckpointError, match=r"there is no config\.json"):
             PixelGen.from_pretrained(source)
-    with pytest.raises(ValueError, match="precision"):
+    with pytest.raises(ConfigError, match="precision"):
         PixelGen(tiny_denoiser(), precision="fp16")
+
+
+def test_a_repository_that_cannot_be_had_is_named(monkeypatch):
+    import huggingface_hub
+
+    def refuse(*_, **__):
+        raise FileNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(CheckpointError, match="^owner/name: no such directory, .* the Hub: no connection$"):
+        PixelGen.from_pretrained("owner/name")
 
 
 def test_command_line(tmp_path, capsys, model):
@@ -107,3 +120,17 @@ def test_command_line(tmp_path, capsys, model):
     assert "labels [4] are outside 0 to 3" in capsys.readouterr().err
     assert main([*arguments, "0", "--sampler", "adams_bashforth"]) == 1
     assert "order None" in capsys.readouterr().err
+    arguments[2] = str(tmp_path / "none" / "out.png")
+    assert main([*arguments, "0"]) == 1
+    assert "No such file or directory" in capsys.readouterr().err
+    arguments[2] = str(tmp_path / "out")
+    assert main([*arguments, "0"]) == 1
+    assert "out: images of --labels go into one picture: name a .png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bug", [lambda args: [*zip([1], [], strict=True)], lambda args: Path("of ours").read_text()])
+def test_the_command_line_keeps_the_traceback_of_a_bug(tmp_path, monkeypatch, bug):
+    monkeypatch.setitem(cli.COMMANDS, "convert", bug)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match="argument 2 is shorter|of ours"):
+        main(["convert", "x.ckpt", "out"])

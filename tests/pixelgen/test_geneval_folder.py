@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from pixelgen import cli
+from pixelgen.errors import FileError
 from pixelgen.metrics import geneval
 from pixelgen.metrics.geneval import (
     Found,
@@ -136,7 +137,7 @@ def test_every_problem_of_a_folder_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-30])
     (tmp_path / "00007" / "samples" / "0000.png").write_bytes(b"")
     (tmp_path / "00008" / "metadata.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(FileError) as raised:
         list_images(tmp_path)
     lines = str(raised.value).splitlines()[1:]
     expected = ["00000/metadata.jsonl: ", "00001/metadata.jsonl: ", "00002/metadata.jsonl: expected an object",
@@ -144,10 +145,10 @@ def test_every_problem_of_a_folder_is_named(tmp_path):
                 "00006/samples/0000.png: not a readable", "00007/samples/0000.png: not a readable", "00008/metadata"]
     assert len(lines) == len(expected)
     assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True)), lines
-    with pytest.raises(FileNotFoundError, match="none"):
+    with pytest.raises(FileError, match="none"):
         list_images(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no folder 00000"):
+    with pytest.raises(FileError, match="no folder 00000"):
         list_images(tmp_path / "empty")
 
 
@@ -164,7 +165,7 @@ def test_a_record_has_the_benchmarks_fields(tmp_path):
 def test_an_image_damaged_after_the_listing_is_named(tmp_path):
     sample = list_images(folder(tmp_path, CUP))[0]
     sample.path.write_bytes(sample.path.read_bytes()[:60])
-    with pytest.raises(ValueError, match=r"samples/0000\.png: not a readable image"):
+    with pytest.raises(FileError, match=r"samples/0000\.png: not a readable image"):
         evaluate_image(sample, Squares(), Blue(), Rules())
 
 
@@ -231,10 +232,10 @@ def test_results_of_other_judges_or_rules_are_not_continued(tmp_path):
     other.name, grey.name = "circles", "grey"
     for detector, colors, rules in ((other, Blue(), Rules()), (Squares(), grey, Rules()),
                                     (Squares(), Blue(), Rules(threshold=0.4))):
-        with pytest.raises(ValueError, match=r"results\.jsonl is by .*write to another file"):
+        with pytest.raises(FileError, match=r"results\.jsonl is by .*write to another file"):
             evaluate_folder(images, detector, colors, rules, results)
     (tmp_path / "results.jsonl.judges").unlink()
-    with pytest.raises(ValueError, match=r"exists without results\.jsonl\.judges"):
+    with pytest.raises(FileError, match=r"exists without results\.jsonl\.judges"):
         evaluate_folder(images, Squares(), Blue(), Rules(), results)
     assert results.read_bytes() == before
 
@@ -250,7 +251,7 @@ def test_results_of_other_images_are_not_continued(tmp_path, change):
         path.unlink()
     else:
         (images / "00000" / "metadata.jsonl").write_text(json.dumps(DOG))
-    with pytest.raises(ValueError, match=r"records 00000/samples/000\d\.png, which is not in"):
+    with pytest.raises(FileError, match=r"records 00000/samples/000\d\.png, which is not in"):
         evaluate_folder(images, Squares(), Blue(), Rules(), results)
 
 
@@ -260,7 +261,7 @@ def test_a_results_file_that_is_none_is_refused(tmp_path):
     line = results.read_text()
     for content in ("no json\n", "[1]\n", "3\n", '{"filename": "x"}\n', line + line, '{"tag": 1}\n'):
         results.write_text(content)
-        with pytest.raises(ValueError, match=r"results\.jsonl: "):
+        with pytest.raises(FileError, match=r"results\.jsonl: "):
             evaluate_folder(images, Squares(), Blue(), Rules(), results)
         assert results.read_text() == content
 

@@ -8,6 +8,7 @@ import torch
 
 from pixelgen.encoders import inception
 from pixelgen.encoders.inception import load_inception
+from pixelgen.errors import CheckpointError
 from pixelgen.metrics import fid
 
 
@@ -146,7 +147,7 @@ def test_only_the_published_weights_carry_the_published_name(weights, extractor,
 
 def test_a_missing_file_is_named(tmp_path):
     for path in (tmp_path / "none.pth", tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"weights-inception-2015-12-05"):
+        with pytest.raises(CheckpointError, match=r"weights-inception-2015-12-05"):
             load_inception(path)
 
 
@@ -169,10 +170,10 @@ def test_a_file_with_anything_else_is_refused(tmp_path, weights, capsys):
     path = tmp_path / "w.pth"
     for what, content in contents.items():
         torch.save(content, path)
-        with pytest.raises(ValueError, match=rf"(?s)w\.pth: .*{what}"):
+        with pytest.raises(CheckpointError, match=rf"(?s)w\.pth: .*{what}"):
             load_inception(path)
     for content in (b"", b"text", weights.read_bytes()[:100_000]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"w\.pth: not a readable file"):
+        with pytest.raises(CheckpointError, match=r"w\.pth: not a readable file"):
             load_inception(path)
     assert "ran code" not in capsys.readouterr().out

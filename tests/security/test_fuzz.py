@@ -20,6 +20,7 @@ from pipeline.store import StorageError
 from pixelgen import checkpoint, cli
 from pixelgen.checkpoint import CheckpointError
 from pixelgen.config import ConfigError, load
+from pixelgen.errors import FileError
 from pixelgen.metrics import fid
 from pixelgen.metrics.geneval import _read_prompt, judge
 from pixelgen.prompts import read_prompts
@@ -194,7 +195,7 @@ def rewrite(archive, path, change):
 @given(st.data())
 def test_damaged_references(folder, npz, data):
     (folder / "x.npz").write_bytes(data.draw(damaged(npz)))
-    with only(ValueError):
+    with only(FileError):
         assert fid.load_reference(folder / "x.npz").mu.shape == (3,)
 
 
@@ -204,7 +205,7 @@ def test_altered_arrays(folder, npz, data):
     """Damage inside the members of an archive that is sound itself."""
     rewrite(npz, folder / "x.npz",
             lambda _, content: data.draw(damaged(content, 2)) if data.draw(st.booleans()) else content)
-    with only(ValueError):
+    with only(FileError):
         fid.load_reference(folder / "x.npz")
 
 

@@ -21,6 +21,7 @@ from pipeline.stages.sample import load_prompts
 from pipeline.storage import Storage
 from pixelgen import cli
 from pixelgen.config import ConfigError
+from pixelgen.errors import FileError
 from pixelgen.metrics.geneval import LARGEST, Rules, Sample, evaluate_image, list_images
 from pixelgen.prompts import read_prompts
 from tests.pipeline.folders import (
@@ -129,9 +130,9 @@ def test_images_to_judge_are_refused_by_their_headers(tmp_path, capsys, data):
     path.parent.mkdir(parents=True)
     (tmp_path / "00000" / "metadata.jsonl").write_text(PROMPT)
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"00000/samples/0000\.png: not a readable image: "):
+    with pytest.raises(FileError, match=r"00000/samples/0000\.png: not a readable image: "):
         list_images(tmp_path)
-    with pytest.raises(ValueError, match=r"0000\.png: not a readable image: "):
+    with pytest.raises(FileError, match=r"0000\.png: not a readable image: "):
         evaluate_image(Sample(path, "x", {}), None, None, Rules())
     assert cli.main(["evaluate", "geneval", str(tmp_path), "--detector", "x", "--clip", "x"]) == 1
     assert "00000/samples/0000.png: not a readable image" in capsys.readouterr().err
@@ -142,7 +143,7 @@ def test_images_to_judge_are_refused_by_their_headers(tmp_path, capsys, data):
 def test_pipes_among_prompts_and_images_do_not_hang(tmp_path):
     (tmp_path / "00000" / "samples").mkdir(parents=True)
     os.mkfifo(tmp_path / "00000" / "metadata.jsonl")
-    with pytest.raises(ValueError, match=r"00000/metadata\.jsonl: no such file"):
+    with pytest.raises(FileError, match=r"00000/metadata\.jsonl: no such file"):
         list_images(tmp_path)
     os.mkfifo(tmp_path / "a.txt")
     for path in (tmp_path, tmp_path / "a.txt"):
