@@ -22,6 +22,7 @@ from pipeline.params import EvaluateParams, Params, TrainParams, read_params, st
 from pipeline.runs import lease, run_directory, run_stage
 from pipeline.storage import Artifact, Storage, fresh_directory, read_sealed, write_json, write_sealed
 from pipeline.store import Store
+from pixelgen.config import require
 from pixelgen.encoders.text import load_text_encoder
 from pixelgen.generate import PixelGen
 from pixelgen.metrics.colors import NAME as CLIP_NAME
@@ -51,6 +52,7 @@ from pixelgen.models.jit_t2i import JiTText
 
 METRICS, OUT = Path("metrics"), Path("out/evaluate")
 JUDGES = "judges.json"
+LEAST = 4  # images: each has to have a third neighbour
 WEIGHTS, DATA, REFERENCES, SAMPLES = (Path("out") / n for n in ("weights", "shard", "reference", "sample"))
 
 
@@ -91,6 +93,15 @@ def fid(whole: Params, params: EvaluateParams, storage: Storage, samples: Artifa
     reference = load_reference(storage.open(REFERENCES / params.reference, "reference").local() / "reference.npz")
     folder = samples.local()
     images, labels = load_samples(folder / "samples.npz"), np.load(folder / "labels.npy", allow_pickle=False)
+    train = whole.train[whole.sample[params.sample].model]
+    heldout = open_split(storage.open(DATA / train.dataset, "dataset"), "heldout") if params.baselines else None
+    counts = {f"sample {params.sample}": len(images)}
+    if reference.images is not None:
+        counts[f"reference {params.reference}"] = len(reference.images)
+    if heldout:
+        counts[f"the held-out split of {train.dataset}, for baselines,"] = heldout.total
+    for what, count in counts.items():
+        require(count >= LEAST, f"{what} has {count} images, too few to score: at least {LEAST} are needed")
     features = extract(extractor, images, params.batch_size)
     pool = None if reference.images is None else reference_pool(extractor, reference, params.batch_size)
     metrics: dict[str, Any] = adm_suite(reference, pool, features, extractor.name, device)
@@ -100,9 +111,7 @@ def fid(whole: Params, params: EvaluateParams, storage: Storage, samples: Artifa
     def distance(other: Features) -> float:
         return frechet_distance(reference.mu, reference.sigma, *mean_and_covariance(other.pool))
 
-    if params.baselines:
-        train = whole.train[whole.sample[params.sample].model]
-        heldout = open_split(storage.open(DATA / train.dataset, "dataset"), "heldout")
+    if heldout:
         metrics |= baselines(whole, params, extractor, heldout, untrained(train, weights, device), distance(features),
                              distance)
     reference_params = whole.reference[params.reference]

@@ -18,7 +18,7 @@ from pipeline.judges import load_extractor
 from pipeline.params import read_params, stage_params
 from pipeline.runs import run_stage
 from pipeline.storage import Storage, fresh_directory
-from pixelgen.config import ConfigError
+from pixelgen.config import ConfigError, require
 from pixelgen.errors import UserError
 from pixelgen.metrics import fid
 
@@ -35,7 +35,9 @@ def main() -> None:
     extractor = load_extractor(params.extractor, weights, torch.device(cluster.device))
     if params.npz is None:
         dataset = storage.open(SHARDS / params.dataset, "dataset")
-        reference = statistics(extractor, open_split(dataset, "train"), params.images, params.batch_size)
+        split = open_split(dataset, "train")
+        require(split.total > 1, f"dataset {params.dataset} has {split.total} training image: no covariance is of one")
+        reference = statistics(extractor, split, params.images, params.batch_size)
     else:
         reference = published(extractor, params.npz)
     out = fresh_directory(OUT / key)

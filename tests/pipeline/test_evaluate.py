@@ -7,7 +7,12 @@ import torch
 from pipeline.cluster import Cluster, work_through
 from pipeline.datasets import scenes
 from pipeline.judges import GeometricDetector, SceneColors
+from pipeline.params import read_params
+from pipeline.stages import evaluate
 from pipeline.stages.evaluate import geneval_name, scene_baselines
+from pipeline.storage import Storage
+from pixelgen.config import ConfigError
+from pixelgen.metrics import fid
 from pixelgen.metrics.colors import NAME as CLIP_NAME
 from pixelgen.metrics.detector import NAME as DETECTOR_NAME
 
@@ -43,8 +48,6 @@ def test_shuffled_scenes_are_of_another_prompt_of_the_tag(monkeypatch):
             return np.zeros((len(wanted), 8, 8, 3), np.uint8)
 
     monkeypatch.setattr("pipeline.stages.evaluate.untrained", lambda *_: Untrained())
-    from pipeline.params import read_params
-
     whole = read_params()
     found = scene_baselines(whole, whole.evaluate["geneval"], prompts, None, torch.device("cpu"))
     assert list(found) == ["rendered", "shuffled", "untrained"]
@@ -52,3 +55,26 @@ def test_shuffled_scenes_are_of_another_prompt_of_the_tag(monkeypatch):
     others = seen[len(prompts):]
     assert all(a["tag"] == b["tag"] and a["prompt"] != b["prompt"] for a, b in zip(prompts, others, strict=True))
     assert len(found["untrained"][0]) == len(found["untrained"][1]) == len({p["prompt"] for p in prompts})
+
+
+@pytest.mark.parametrize(("drawn", "kept", "heldout", "says"), [
+    (3, 4, 4, "sample c2i has 3 images"), (4, 3, 4, "reference digits has 3 images"),
+    (4, 4, 3, "the held-out split of digits, for baselines, has 3 images")])
+def test_too_few_images_are_named_before_any_work(tmp_path, monkeypatch, drawn, kept, heldout, says):
+    whole, storage = read_params(), Storage(None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "load_extractor", lambda *_: None)
+    samples, reference, data = (tmp_path / "out" / name for name in ("sample/c2i", "reference/digits", "shard/digits"))
+    for folder in (samples, reference, data):
+        folder.mkdir(parents=True)
+    np.savez(samples / "samples.npz", np.zeros((drawn, 8, 8, 3), np.uint8))
+    np.save(samples / "labels.npy", np.zeros(drawn))
+    storage.publish(samples, "samples", {})
+    fid.save_reference(reference / "reference.npz", fid.Reference(
+        np.zeros(3), np.eye(3), np.zeros(2), np.eye(2), np.zeros((kept, 8, 8, 3), np.uint8)))
+    storage.publish(reference, "reference", {})
+    (data / "a").touch()
+    shards = [{"path": "a", "rows": heldout, "size": 8}]
+    storage.publish(data, "dataset", {}, sources={"digits": {"splits": {"heldout": {"shards": shards}}}})
+    with pytest.raises(ConfigError, match=f"{says}, too few to score: at least 4 are needed"):
+        evaluate.fid(whole, whole.evaluate["fid"], storage, storage.open(samples, "samples"), tmp_path, "cpu")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.batches import read_images
+from pipeline.batches import Split, read_images
 from pipeline.datasets import work
 from pipeline.params import ReferenceParams, StorageParams
 from pipeline.stages import reference
@@ -109,6 +109,12 @@ def test_batch_size_changes_nothing_but_rounding(stage):
     one, other = (stage(dataclasses.replace(PARAMS, batch_size=size)) for size in (1, 100))
     np.testing.assert_allclose(one.sigma, other.sigma, rtol=1e-10)
     assert np.array_equal(one.images, other.images)
+
+
+def test_a_single_image_has_no_statistics(stage, monkeypatch):
+    monkeypatch.setattr(reference, "open_split", lambda *_: Split(("a",), (1,), ("",)))
+    with pytest.raises(ConfigError, match="dataset plain has 1 training image"):
+        stage(PARAMS)
 
 
 @pytest.mark.parametrize("images", [None, np.zeros((5, 8, 8, 3), np.uint8)])
