@@ -37,7 +37,8 @@ from pixelgen.prompts import check_layout
 PARAMS, OK = Path("params.yaml"), Path("out/params.ok")
 LARGEST, LONGEST, DEEPEST = 2**16, 3000, 20  # of a YAML file: characters, also of one value, and levels
 NONE = "none"  # in a parameter that names the instance of another stage: there is none
-NOTHING = [Path("out/train") / NONE / "model", Path("out/prompts") / NONE, Path("out/reference") / NONE]
+NOTHING = [Path("out/train") / NONE / "model",  # and the report reads folders of sections that may be empty
+           *(Path("out") / section / NONE for section in ("reference", "prompts", "sample", "evaluate"))]
 T = TypeVar("T")
 
 
@@ -279,7 +280,7 @@ class Params:
     evaluate: dict[str, EvaluateParams]
 
     def __post_init__(self) -> None:
-        for section in ("reference", "train", "prompts"):
+        for section in ("reference", "train", "prompts", "sample", "evaluate"):
             require(NONE not in getattr(self, section), f"{section}: a key cannot be called {NONE!r}, which means "
                     "that there is none")
         for key, train in self.train.items():
@@ -398,7 +399,8 @@ def _plain(value: Any) -> Any:
 
 
 def write_nothing() -> None:
-    """The instance `none` of other stages: what a dependency in dvc.yaml leads to where a parameter says so."""
+    """The instance `none` of other stages: what a dependency in dvc.yaml leads to where a parameter says so, and what
+    the report finds where there is no other."""
     for path in NOTHING:
         path.mkdir(parents=True, exist_ok=True)
         (path / "README").write_text("nothing: the instance that a parameter of `none` names\n")

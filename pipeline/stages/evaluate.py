@@ -74,13 +74,14 @@ def main() -> None:
         metrics = geneval(whole, params, records, judges, weights.local(), torch.device(cluster.device))
     sampling = whole.sample[params.sample]
     facts = {"weights": sampling.weights, "precision": sampling.precision, "seed": sampling.seed}
-    METRICS.mkdir(exist_ok=True)
-    write_json(METRICS / f"{key}.json", {
+    figures = {
         **{name: round(value, 6) if isinstance(value, float) else value for name, value in metrics.items()},
         "samples": {"count": samples["images"], **facts},
         "sampler": dataclasses.asdict(sampling.sampler),
-    })
-    Storage(None).publish(out, "evaluation", params, run=run and run.as_posix())
+    }
+    METRICS.mkdir(exist_ok=True)
+    write_json(METRICS / f"{key}.json", figures)
+    Storage(None).publish(out, "evaluation", params, run=run and run.as_posix(), figures=figures)
 
 
 # --------------------------------------------------------------------------------------------------- the ADM suite

@@ -18,7 +18,6 @@ from pipeline.storage import Storage, fresh_directory
 from pixelgen.encoders.inception import NAME as INCEPTION
 
 TRAINED, SAMPLED, EVALUATED, OUT = (Path("out") / n for n in ("train", "sample", "evaluate", "report"))
-METRICS = Path("metrics")
 SHOWN_GRIDS = 6
 SUITE = ("fid", "sfid", "inception_score", "precision", "recall")
 # arXiv 2602.02493: tables of class-to-image results and of the ablation (L/16, 200k steps, no guidance)
@@ -50,6 +49,8 @@ def main() -> None:
         body += (evaluation if params.evaluate[key].metric == "fid" else geneval)(params, key)
     for key in params.train:
         body += training(key)
+    body += [f"<p class=warn>params.yaml has nothing to {section}.</p>" for section in ("train", "sample", "evaluate")
+             if not getattr(params, section)]
     out = fresh_directory(OUT)
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>PixelGen report</title><style>{STYLE}</style>"
     (out / "index.html").write_text(page + "\n".join(body) + "</html>\n")
@@ -60,9 +61,14 @@ def samples(params: Params, key: str) -> Path:
     return Storage(params.storage.root).open(SAMPLED / key, "samples").local()
 
 
+def figures(key: str) -> dict[str, Any]:
+    """What is also in metrics/KEY.json, a folder that is not there in a run without evaluation."""
+    return Storage(None).open(EVALUATED / key, "evaluation")["figures"]
+
+
 def evaluation(params: Params, key: str) -> list[str]:
     """The figures of one evaluation, the paper's under them, and the samples they were computed from."""
-    metrics = json.loads((METRICS / f"{key}.json").read_text())
+    metrics = figures(key)
     wanted = params.evaluate[key]
     sample = params.sample[wanted.sample]
     ours = {name: metrics.get(name) for name in SUITE}
@@ -85,7 +91,7 @@ def evaluation(params: Params, key: str) -> list[str]:
 
 def geneval(params: Params, key: str) -> list[str]:
     """GenEval's score by tag beside the paper's and the baselines, and images with prompt and verdict."""
-    metrics = json.loads((METRICS / f"{key}.json").read_text())
+    metrics = figures(key)
     sample = params.sample[params.evaluate[key].sample]
     names = [n for n in metrics if n.startswith("geneval")]
     name = min(names, key=len)

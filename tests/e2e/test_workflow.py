@@ -81,6 +81,7 @@ def test_repro_runs_everything(workspace):
     metrics = json.loads((workspace / "metrics/fid.json").read_text())
     assert metrics["extractor"] == "digits"
     assert metrics["samples"]["count"] == 40
+    assert json.loads((workspace / "out/evaluate/fid/manifest.json").read_text())["figures"] == metrics
     assert "fid" not in metrics and metrics["fd_digits"] > metrics["fd_digits_floor"] > 0
     assert metrics["class_accuracy_heldout"] >= 0.97
     images = np.load(workspace / "out/sample/c2i/samples.npz")["arr_0"]

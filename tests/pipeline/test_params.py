@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.params import Params, fingerprint, read_params, read_yaml
+from pipeline.params import NOTHING, OK, Params, fingerprint, read_params, read_yaml
 from pixelgen.config import ConfigError, load
 from pixelgen.models import build_denoiser
 
 ROOT = Path(__file__).parents[2]
 PRESETS = sorted(ROOT.glob("presets/**/*.yaml"))
+PLAIN = read_yaml(ROOT / "params.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,8 @@ def replaced(data, dotted, value):
     ("train.c2i.denoiser.num_classes", None, "num_classes: demo/16 is class-conditional and needs a number"),
     ("train.c2i.denoiser.size", "demo-text/16", "num_classes 10: demo-text/16 is text-conditional"),
     ("prompts.none", {"source": "scenes", "path": None}, "prompts: a key cannot be called 'none'"),
+    ("sample.none", PLAIN["sample"]["c2i"], "sample: a key cannot be called 'none'"),
+    ("evaluate.none", PLAIN["evaluate"]["fid"], "evaluate: a key cannot be called 'none'"),
     ("prompts.geneval.path", "x", "path: a file needs the path or URL of the prompts"),
     ("sample.geneval.prompts", "none", "layout geneval: npz is for classes (prompts: none)"),
     ("sample.geneval.layout", "dpg", "10 images per prompt: the layout of DPG-Bench shows 4"),
@@ -150,6 +153,11 @@ def test_a_mistake_names_the_key_and_the_choices(demo, dotted, value, says):
     with pytest.raises(ConfigError) as error:
         load(Params, replaced(demo, dotted, value))
     assert says in str(error.value)
+
+
+def test_what_the_first_stage_writes_is_in_the_workflow():
+    outs = read_yaml(ROOT / "dvc.yaml")["stages"]["params"]["outs"]
+    assert outs == [path.as_posix() for path in (OK, *NOTHING)]
 
 
 def test_a_missing_key_is_a_mistake(demo):

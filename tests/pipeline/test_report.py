@@ -1,11 +1,17 @@
 """The report says when a figure must not be set beside the paper's, and loads nothing from anywhere."""
 
+import dataclasses
 import math
 import re
+import shutil
+from pathlib import Path
 
 from PIL import Image
 
+from pipeline.params import read_params
 from pipeline.stages import report
+from pipeline.storage import Storage
+from tests.e2e.workspace import dvc, make
 
 COMPARABLE = {"extractor": "inception-v3-compat", "samples": {"count": 50_000}, "reference": {"npz": "virtual.npz"}}
 
@@ -45,3 +51,38 @@ def test_a_plot_leaves_out_what_is_not_finite():
 def test_the_paper_is_marked_as_such():
     markup = report.table(["", "fid"], [["ours", "9"]], [["XL", "5.11"]])
     assert markup.index("ours") < markup.index("paper: XL") and "class=paper" in markup
+
+
+def test_a_run_may_train_and_evaluate_nothing(tmp_path, monkeypatch):
+    params = read_params()
+    one = {"c2i": params.train["c2i"]}
+    monkeypatch.setattr(report, "read_params", lambda: dataclasses.replace(params, train=one, sample={}, evaluate={}))
+    monkeypatch.chdir(tmp_path)
+    Path("out/train/c2i/grids").mkdir(parents=True)
+    Path("out/train/c2i/curve.csv").write_text("step,loss\n10,3.0\n20,2.0\n")
+    report.main()
+    page = Path("out/report/index.html").read_text()
+    assert "training of c2i" in page and "loss: 3 → 2" in page and "nothing to train" not in page
+    assert "nothing to sample" in page and "nothing to evaluate" in page
+
+
+def test_figures_are_those_that_the_evaluation_has_published(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("out/evaluate/fid").mkdir(parents=True)
+    Storage(None).publish(Path("out/evaluate/fid"), "evaluation", {}, figures={"fid": 1.5})
+    assert report.figures("fid") == {"fid": 1.5}
+
+
+def empty(params):
+    params["weights"]["networks"] = []
+    for section in ("datasets", "reference", "train", "prompts", "sample", "evaluate"):
+        params[section] = {}
+
+
+def test_dvc_ends_a_run_of_nothing_with_a_report(tmp_path):
+    """Also where it runs no stage, but brings back what they have written."""
+    workspace = make(tmp_path, empty)
+    assert "Running stage 'report'" in dvc(workspace, "repro")
+    shutil.rmtree(workspace / "out")
+    assert "Running stage" not in dvc(workspace, "repro")
+    assert "nothing to evaluate" in (workspace / "out/report/index.html").read_text()
