@@ -113,17 +113,20 @@ def write_classes(out: Path, parts: Iterable[np.ndarray], wanted: list[int]) -> 
 
 
 def write_prompts(out: Path, parts: Iterable[np.ndarray], prompts: list[Prompt], params: SampleParams) -> None:
-    """A folder or picture of each prompt, as the benchmark wants it, in `images`, and a grid of each tag."""
+    """A folder or picture of each prompt, as the benchmark wants it, in `images`, and a grid of each tag;
+    grid.png is of prompts without one."""
     stream = (image for part in parts for image in part)
-    first: dict[str, list[np.ndarray]] = {}
+    first: dict[str, list[np.ndarray]] = {}  # of each grid
     (out / "images").mkdir()
     for prompt in prompts:
         images = np.stack([*itertools.islice(stream, params.per_prompt)])
         write_images(params.layout, out / "images", prompt, images)
-        tag = str(prompt.metadata.get("tag"))
-        first.setdefault(tag if re.fullmatch(r"\w+", tag) else "other", []).append(images[0])
-    for tag, shown in first.items():
-        grid(np.stack(shown[:GRID_COLUMNS * GRID_ROWS]), GRID_COLUMNS).save(out / f"grid-{tag}.png")
+        tag = prompt.metadata.get("tag")
+        usable = re.fullmatch(r"\w+", str(tag))
+        name = "grid" if tag is None else f"grid-{tag if usable else 'other'}"
+        first.setdefault(name, []).append(images[0])
+    for name, shown in first.items():
+        grid(np.stack(shown[:GRID_COLUMNS * GRID_ROWS]), GRID_COLUMNS).save(out / f"{name}.png")
 
 
 if __name__ == "__main__":
