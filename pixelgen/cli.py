@@ -92,6 +92,7 @@ def _sample(args: argparse.Namespace) -> int:
     prompts = read_prompts(args.prompts) if args.prompts else []
     if prompts:
         check_layout(args.layout, args.per_prompt)
+        require(args.per_prompt >= 1, f"--per-prompt {args.per_prompt}: at least 1")
         args.out.mkdir(parents=True)  # FileExistsError: images of another run are never mixed in
     else:
         require(args.out.suffix == ".png", f"{args.out}: images of --labels go into one picture: name a .png")

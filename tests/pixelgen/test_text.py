@@ -144,6 +144,8 @@ def test_the_command_line_draws_files_of_prompts(tmp_path, model, folder, layout
         assert json.loads((tmp_path / "out/b/metadata.jsonl").read_text()) == {"prompt": "a red b"}
         assert all(np.array_equal(pixels(f"b/samples/{n:04}.png"), expected[n]) for n in range(4))
     assert main(arguments) == 1 and "exists" in capsys.readouterr().err
+    if layout == "geneval":
+        assert main([*arguments, "--per-prompt", "0"]) == 1 and "--per-prompt 0: at least 1" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------ training
