@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -285,8 +286,8 @@ def check_file(directory: Path, entry: Mapping[str, Any]) -> Path:
 
 
 def hardware() -> dict[str, Any]:
-    """What this process runs on, as far as it may matter to a number."""
-    import torch
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    """What this process runs on, as far as it may matter to a number: GPUs to none that has done without torch, which
+    is not imported for this alone."""
+    torch = sys.modules.get("torch")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
     return {"machine": platform.machine(), "cpus": os.cpu_count(), "gpus": gpus}

@@ -15,7 +15,7 @@ from PIL import Image
 from pipeline.params import Params, read_params
 from pipeline.runs import run_stage
 from pipeline.storage import Storage, fresh_directory
-from pixelgen.encoders.inception import NAME as INCEPTION
+from pixelgen.encoders import INCEPTION
 
 TRAINED, SAMPLED, EVALUATED, OUT = (Path("out") / n for n in ("train", "sample", "evaluate", "report"))
 SHOWN_GRIDS = 6

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pixelgen.encoders import INCEPTION
 from pixelgen.errors import CheckpointError
 from pixelgen.tensors import read_pickle
 
-NAME = "inception-v3-compat"
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SPATIAL_CHANNELS = 7  # of the 192: 17·17·7 = 2023 numbers, close to the 2048 of the pool (arXiv 2103.03841)
@@ -59,12 +59,12 @@ def load_inception(path: str | Path, device: str | torch.device = "cpu") -> Ince
     checked.seek(0)
     try:
         network = published.FeatureExtractorInceptionV3(
-            NAME,
+            INCEPTION,
             ["2048", "logits_unbiased"],  # the latter are the logits without the bias
             feature_extractor_weights_path=checked,
         )
     except (RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{path}: not the weights of {NAME}: {str(error)[:500]}") from error
+        raise CheckpointError(f"{path}: not the weights of {INCEPTION}: {str(error)[:500]}") from error
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Inception(network.to(device), NAME if digest == SHA256 else f"inception-{digest[:8]}", device)
+    return Inception(network.to(device), INCEPTION if digest == SHA256 else f"inception-{digest[:8]}", device)

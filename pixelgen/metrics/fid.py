@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pixelgen.encoders.inception import NAME as INCEPTION
+from pixelgen.encoders import INCEPTION
 from pixelgen.errors import FileError
 
 Array = np.ndarray
