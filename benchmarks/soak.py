@@ -7,6 +7,7 @@ what Ray holds in shared memory; it prints their slopes, by least squares over t
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import shutil
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -63,11 +65,10 @@ def live(workspace: Path, seconds: float) -> Series:
     series: Series = defaultdict(list)
     stage = subprocess.Popen([sys.executable, "-m", "pipeline.stages.train", "c2i"], cwd=workspace,
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    start, tree, workers = time.monotonic(), [psutil.Process(stage.pid)], dict[int, str]()
+    start, workers = time.monotonic(), dict[int, str]()
     while (age := time.monotonic() - start) < seconds:
         assert stage.poll() is None, f"the stage ended by itself: {stage.returncode}"
-        tree = [tree[0], *tree[0].children(recursive=True)]
-        for process in tree:
+        for process in [*in_workspace(workspace)]:
             try:
                 name = "driver" if process.pid == stage.pid else process.cmdline()[0]
                 memory = process.memory_info()
@@ -82,8 +83,16 @@ def live(workspace: Path, seconds: float) -> Series:
         time.sleep(1)
     stage.send_signal(signal.SIGKILL)
     stage.wait()
-    psutil.wait_procs(tree[1:], timeout=60)
+    psutil.wait_procs([p for p in in_workspace(workspace) if "RayTrainWorker" in p.cmdline()[0]], timeout=60)
     return series
+
+
+def in_workspace(workspace: Path) -> Iterator[psutil.Process]:
+    """The stage and the processes of Ray that run the workspace's code."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, IndexError):
+            if workspace == Path(process.cwd()) or str(workspace) in process.environ().get("PYTHONPATH", ""):
+                yield process
 
 
 def reached(workspace: Path) -> int:

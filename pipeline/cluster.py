@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pipeline import session
 from pipeline.params import read_yaml
 from pipeline.store import StorageError
 from pixelgen.config import ConfigError, choose, load, require
@@ -27,47 +27,69 @@ from pixelgen.errors import UserError
 
 CLUSTERS = Path("clusters")
 LONGEST_PART = 6 * 3600.0  # seconds: a part may be many images, a container large, a network still to be compiled
+ON_CPU = 2  # workers where the cluster file leaves it open and there is no GPU
 LONGEST_END = 10.0  # seconds for a thread that has been told to end
-STARTS = 3  # attempts to start Ray, which gives up after a fixed time however busy the machine is
-
-# Ray on one machine: loopback only, quiet, quick to notice a dead worker. A value already in the environment stays.
-LOCAL_ENVIRONMENT = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # what makes Ray bind the loopback address only
-    "RAY_AUTH_MODE": "disabled",  # a private session that ends with the stage
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_idle_worker_killing_time_threshold_ms": "600000",  # or every task that reads ahead starts a process anew
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",  # importing torch in every worker takes its time
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
 
 
 @dataclass(frozen=True)
 class Cluster:
     """Resources only: nothing here may change a result."""
 
-    address: str | None  # of a running Ray cluster, or auto; null: a private one for each stage on this machine
-    workers: int  # ranks in training, actors in sampling
+    address: str | None  # of a running Ray cluster, or auto; null: this machine's own, which stages share
+    workers: int | None  # ranks in training, actors in sampling; null: one for each GPU of this machine, or `ON_CPU`
     cpus_per_worker: float
-    gpus_per_worker: float
+    gpus_per_worker: float | None  # null: 1 where this machine has GPUs
     threads_per_worker: int  # of torch; part of bit-exactness on the CPU
     max_failures: int  # worker failures that training recovers from by itself
 
     def __post_init__(self) -> None:
-        require(self.workers >= 1 and self.threads_per_worker >= 1, "workers and threads_per_worker: at least 1")
-        require(self.cpus_per_worker >= 0 and self.gpus_per_worker >= 0, "resources must not be negative")
+        require(self.address is None or None not in (self.workers, self.gpus_per_worker), "workers and "
+                "gpus_per_worker: null means those of this machine; state them for the cluster at an address")
+        require(self.workers is None or self.workers >= 1, f"workers {self.workers} must be at least 1, or null")
+        require(self.threads_per_worker >= 1, f"threads_per_worker {self.threads_per_worker} must be at least 1")
+        require(self.cpus_per_worker >= 0 and (self.gpus_per_worker or 0) >= 0, "resources must not be negative")
         require(self.max_failures >= 0, "max_failures must not be negative")
 
     @property
+    def gpus(self) -> float:
+        """Of each worker."""
+        return float(visible_gpus() > 0) if self.gpus_per_worker is None else self.gpus_per_worker
+
+    @property
     def device(self) -> str:
-        return "cuda" if self.gpus_per_worker > 0 else "cpu"
+        return "cuda" if self.gpus > 0 else "cpu"
 
     @property
     def resources(self) -> dict[str, float]:
-        return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {})
+        """Of each worker, by Ray's names."""
+        return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus} if self.gpus else {})
+
+    @property
+    def actors(self) -> int:
+        """Workers that draw or judge, at most."""
+        return self.workers or visible_gpus() or ON_CPU
+
+    @property
+    def threads(self) -> int:
+        """Of torch, where one process does what the workers would."""
+        return self.threads_per_worker * self.actors
+
+    def ranks(self, lanes: int) -> int:
+        """Workers that train: those of the file, which have to share out `lanes` evenly (ConfigError), or as many of
+        this machine's as do."""
+        if self.workers is None:
+            return max(n for n in range(1, self.actors + 1) if lanes % n == 0)
+        require(lanes % self.workers == 0, f"fit.lanes {lanes} cannot be shared out evenly among {self.workers} "
+                "workers (clusters/*.yaml)")
+        return self.workers
+
+
+@functools.cache
+def visible_gpus() -> int:
+    """GPUs of this machine that torch may use."""
+    import torch  # by shards alone it is not needed
+
+    return torch.cuda.device_count()
 
 
 def read_cluster() -> Cluster:
@@ -75,39 +97,29 @@ def read_cluster() -> Cluster:
                   "PIXELGEN_CLUSTER")
     path = CLUSTERS / f"{name}.yaml"
     try:
-        return load(Cluster, read_yaml(path))
+        cluster = load(Cluster, read_yaml(path))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    if cluster.address is None:
+        session.prepare()
+    return cluster
 
 
-def connect(cluster: Cluster) -> Any:
-    """Start or join Ray; returns a context manager that leaves it again.
+@contextlib.contextmanager
+def connect(cluster: Cluster) -> Iterator[Any]:
+    """Join the cluster of the file, or the session of this machine where the file has no address, for a block.
 
-    What workers print stays in Ray's own logs; what fails in them is raised here. A private Ray has no dashboard: it
-    is ten more processes.
+    What workers print stays in Ray's own logs; what fails in them is raised here.
     """
-    private = cluster.address is None
-    if private:
-        for name, value in LOCAL_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+    if cluster.address is None:
+        session.prepare()
     import ray
 
     ends = signal.getsignal(signal.SIGTERM)
-    for attempt in range(STARTS):
-        try:
-            # without "local", it would join the cluster that was last started on this machine, whoever's it is
-            session = ray.init(
-                address=cluster.address or "local", include_dashboard=False if private else None,
-                log_to_driver=False, logging_level=logging.ERROR, configure_logging=True,
-                runtime_env={"env_vars": {"PYTHONPATH": str(Path.cwd())}} if private else None)
-            signal.signal(signal.SIGTERM, ends)  # Ray's own way to end prints pages
-            return session
-        except Exception as error:  # Ray raises nothing more special than that
-            if "timed out during startup" not in str(error) or attempt == STARTS - 1:
-                raise
-            print("Ray did not start within its 30 s on this busy machine: trying again", file=sys.stderr)
-            ray.shutdown()
-    raise AssertionError("unreachable")
+    with (contextlib.nullcontext(cluster.address) if cluster.address else session.joined() as address,
+          ray.init(address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True) as context):
+        signal.signal(signal.SIGTERM, ends)  # Ray's own way to end prints pages
+        yield context
 
 
 def ray_data() -> Any:
@@ -132,8 +144,8 @@ def work_through(parts: list[dict[str, Any]], make: Callable[..., Callable[[dict
         data = ray_data()
         rows = data.from_items([{"part": json.dumps(part)} for part in parts], override_num_blocks=len(parts))
         rows = rows.map(Worker, fn_constructor_args=(make, arguments),
-                        compute=data.ActorPoolStrategy(size=min(cluster.workers, len(parts))),
-                        num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)
+                        compute=data.ActorPoolStrategy(size=min(cluster.actors, len(parts))),
+                        num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus)
         with outcomes(rows) as done:
             for _ in tqdm(done, desc=what, unit="part", total=len(parts)):
                 pass

@@ -60,7 +60,7 @@ def main() -> None:
     key = sys.argv[1]
     whole, cluster = read_params(), read_cluster()
     params, storage = stage_params(whole.evaluate, key, "evaluate"), Storage(whole.storage.root)
-    torch.set_num_threads(cluster.threads_per_worker)
+    torch.set_num_threads(cluster.threads)
     storage.check()
     samples, weights = storage.open(SAMPLES / params.sample, "samples"), storage.open(WEIGHTS, "weights")
     out = fresh_directory(OUT / key)

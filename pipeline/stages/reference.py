@@ -29,7 +29,7 @@ def main() -> None:
     key = sys.argv[1]
     whole, cluster = read_params(), read_cluster()
     params, storage = stage_params(whole.reference, key, "reference"), Storage(whole.storage.root)
-    torch.set_num_threads(cluster.threads_per_worker)
+    torch.set_num_threads(cluster.threads)
     storage.check()
     weights = storage.open(WEIGHTS, "weights").local()
     extractor = load_extractor(params.extractor, weights, torch.device(cluster.device))

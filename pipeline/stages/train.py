@@ -80,8 +80,7 @@ def prepare(key: str, params: TrainParams, storage: Storage, cluster: Cluster) -
     """Everything that can be wrong before work starts is found here."""
     storage.check()
     data, weights = storage.open(DATA / params.dataset, "dataset"), storage.open(WEIGHTS, "weights")
-    require(params.fit.lanes % cluster.workers == 0, f"fit.lanes {params.fit.lanes} cannot be shared out evenly among "
-            f"{cluster.workers} workers (clusters/*.yaml)")
+    cluster.ranks(params.fit.lanes)  # raises if the lanes cannot be shared out
     if params.denoiser.num_classes is not None:
         require(len(data["classes"]) <= params.denoiser.num_classes, f"denoiser.num_classes "
                 f"{params.denoiser.num_classes}: dataset {params.dataset} has {len(data['classes'])} classes")
@@ -128,17 +127,17 @@ def plan_of(params: TrainParams, data: Artifact) -> Plan:
 
 def train(run: Run) -> None:
     """Run `train_rank` on every worker of the cluster until the last step is in a checkpoint."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
     shutil.rmtree(run.directory / "ray", ignore_errors=True)
     cluster = run.cluster
     with connect(cluster), Progress(run), stopping(run):
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
         TorchTrainer(
             train_rank, train_loop_config={"run": run},
             torch_config=TorchConfig(backend="nccl" if cluster.device == "cuda" else "gloo"),
-            scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=cluster.device == "cuda",
-                                         resources_per_worker=cluster.resources),
+            scaling_config=ScalingConfig(num_workers=cluster.ranks(run.params.fit.lanes),
+                                         use_gpu=cluster.device == "cuda", resources_per_worker=cluster.resources),
             run_config=RunConfig(name="train", storage_path=run.store.uri("ray"),
                                  failure_config=FailureConfig(max_failures=cluster.max_failures))).fit()
     with contextlib.suppress(FileNotFoundError):
@@ -167,7 +166,7 @@ def train_rank(config: dict[str, Run]) -> None:
     params, rank, world = run.params, get_context().get_world_rank(), get_context().get_world_size()
     torch.set_num_threads(run.cluster.threads_per_worker)
     device = get_device()
-    require(device.type == run.cluster.device, f"gpus_per_worker {run.cluster.gpus_per_worker} of the cluster file "
+    require(device.type == run.cluster.device, f"gpus_per_worker {run.cluster.gpus} of the cluster file "
             f"promises {run.cluster.device}, but this worker has {device}: correct it")
     lanes = range(rank * params.fit.lanes // world, (rank + 1) * params.fit.lanes // world)
     weights = run.weights.local()

@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline import session
 from pipeline.batches import PREFIXES
+from pipeline.cluster import read_cluster
 from pipeline.datasets import scenes
 from pipeline.datasets.digits import digits
 from pipeline.download import download, stated_hash
@@ -40,8 +42,10 @@ OUT = Path("out/weights")
 def main() -> None:
     whole = read_params()
     torch.set_num_threads(1)  # the same stand-ins on every machine
-    storage = Storage(whole.storage.root)
+    storage, cluster = Storage(whole.storage.root), read_cluster()
     storage.check()
+    if cluster.address is None:
+        session.begin()
     out = fresh_directory(OUT)
     storage.publish(out, "weights", whole.weights, **write_networks(out, whole.weights))
 

@@ -5,7 +5,8 @@ import tempfile
 import psutil
 import pytest
 
-from pipeline.cluster import LOCAL_ENVIRONMENT
+from pipeline.session import ENVIRONMENT
+from tests.e2e.workspace import join
 from tests.faults.checkpoints import newer, newest, rank_0, same_checkpoints
 from tests.faults.table import fault
 
@@ -15,16 +16,14 @@ def cluster(workspace):
     """A head, which has no processor for a rank or an actor, and three nodes, each of which has enough for all."""
     # Ray notes in its folder which cluster was started last; a short name: it holds sockets
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        for name, value in (LOCAL_ENVIRONMENT | {"PYTHONPATH": str(workspace.path), "RAY_TMPDIR": folder}).items():
+        for name, value in (ENVIRONMENT | {"PYTHONPATH": str(workspace.path), "RAY_TMPDIR": folder}).items():
             patch.setenv(name, value)
         from ray.cluster_utils import Cluster
 
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         for _ in range(3):
             cluster.add_node(num_cpus=2)
-        local = (workspace.path / "clusters/local.yaml").read_text()
-        (workspace.path / "clusters/four.yaml").write_text(
-            local.replace("address: null", f"address: {cluster.address}"))
+        join(workspace.path, "four", cluster.address)
         yield cluster
         cluster.shutdown()
         for stage in ("train", "sample"):

@@ -71,6 +71,13 @@ class Workspace:
         for path in (self.out(stage), *self.path.glob(f"runs/{stage}@*")):
             shutil.rmtree(path, ignore_errors=True)
 
+    def begin(self, stage, step):
+        """Let training be where the undisturbed run was after a step."""
+        self.forget(stage)
+        (kept,) = self.kept.glob(f"runs/{stage}@*/*")
+        later = [p.name for p in kept.glob("*/step-*") if int(p.name[5:13]) > step]
+        shutil.copytree(kept, self.path / kept.relative_to(self.kept), ignore=shutil.ignore_patterns("ray", *later))
+
     def restore(self, stage):
         """The undisturbed outputs of a stage and its run directory."""
         self.forget(stage)
@@ -100,11 +107,11 @@ class Workspace:
         with open(log, "wb") as file:
             popen = psutil.Popen(command, cwd=self.path, env=environment(self.path) | {"PIXELGEN_CLUSTER": cluster},
                                  stdout=file, stderr=subprocess.STDOUT)
-        process = Process(popen, log)
+        process = Process(popen, log, self.path)
         try:
             yield process
         finally:
-            left = [*process.tree(), popen]
+            left = [*process.tree(), popen, *process.at_work()]
             for one in left:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     one.kill()
@@ -131,10 +138,11 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Process:
-    """A started command, and what it has printed."""
+    """A started command in a workspace, and what it has printed."""
 
     popen: psutil.Popen
     log: Path
+    workspace: Path
 
     def printed(self):
         return self.log.read_text(errors="replace").replace("\r", "\n")
@@ -151,19 +159,37 @@ class Process:
         return line
 
     def tree(self):
+        """Its children and theirs, without the keeper of Ray, which other stages use too."""
         try:
-            return self.popen.children(recursive=True)
+            children = self.popen.children()
         except psutil.NoSuchProcess:
             return []
-
-    def ray(self, title):
-        """Processes of this command's Ray whose title begins so."""
         found = []
-        for one in self.tree():
+        for child in children:
             with contextlib.suppress(psutil.Error):
-                if " ".join(one.cmdline()).startswith(f"ray::{title}"):
-                    found.append(one)
+                if "pipeline.session" not in child.cmdline():
+                    found += [child, *Process(child, self.log, self.workspace).tree()]
         return found
+
+    def ray(self, *titles):
+        """The workspace's processes of Ray whose title begins so."""
+        titles = tuple(f"ray::{title}" for title in titles)
+        return [one for one, command in self.others() if command.startswith(titles)]
+
+    def keeper(self):
+        """What keeps the workspace's Ray."""
+        return [one for one, command in self.others() if " -m pipeline.session " in command]
+
+    def others(self):
+        """Processes of anyone that run the workspace's code, and their commands."""
+        for one in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if str(self.workspace) in one.environ().get("PYTHONPATH", "").split(os.pathsep):
+                    yield one, " ".join(one.cmdline())
+
+    def at_work(self):
+        """Ray's processes that belong to a stage, and end with it."""
+        return self.ray("TrainController", "RayTrainWorker", "MapWorker")
 
     def until(self, condition):
         """Wait for what `condition` tells, and return it; the command has to be alive until then."""
@@ -176,7 +202,7 @@ class Process:
 
     def terminate(self):
         """SIGTERM, of the process alone, which ends with its Ray -> what its last line says to be kept."""
-        children = self.tree()
+        children = [*self.tree(), *self.at_work()]
         self.popen.send_signal(signal.SIGTERM)
         assert self.wait() == 128 + signal.SIGTERM, self.printed()
         line = self.printed().rstrip().splitlines()[-1]
@@ -186,9 +212,9 @@ class Process:
         return said[1]
 
     def kill(self):
-        """kill -9, of the process alone; its Ray, which notices, is given the time to end."""
+        """kill -9, of the process alone; Ray, which notices, is given the time to end what works for it."""
         self.popen.suspend()  # finding the children takes longer than the end of a short stage
-        children = self.tree()
+        children = [*self.tree(), *self.at_work()]
         self.popen.send_signal(signal.SIGKILL)
         self.popen.wait(PATIENCE)
         assert not psutil.wait_procs(children, PATIENCE)[1]

@@ -40,7 +40,7 @@ def stage(tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "read_params", lambda: dataclasses.make_dataclass("P", ["reference", "storage"])(
         chosen, StorageParams(None)))
     monkeypatch.setattr(reference, "read_cluster", lambda: dataclasses.make_dataclass(
-        "C", ["device", "threads_per_worker"])("cpu", 1))
+        "C", ["device", "threads"])("cpu", 1))
     monkeypatch.setattr(reference, "load_extractor", load_extractor)
     chosen: dict[str, ReferenceParams] = {}
     params = folder_params(make_plain(tmp_path / "data", classes=2, each=10), rows_per_shard=6)

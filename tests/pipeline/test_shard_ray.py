@@ -19,6 +19,7 @@ from pipeline.datasets.work import write_job
 from pipeline.params import TextParams, read_params
 from pipeline.stages import shard
 from pipeline.storage import Storage, read_manifest
+from tests.e2e.workspace import join
 from tests.pipeline.folders import SIZE, make_plain, make_run, make_tar, pairs, split_of
 
 ROOT = Path(__file__).parents[2]
@@ -123,8 +124,7 @@ def test_containers_give_the_same_with_ray_as_without(session, tmp_path):
 def test_a_run_killed_in_the_middle_goes_on_and_ends_as_an_undisturbed_one(session, capsys):
     root, address = session
     work = working_directory(root / "killed", root / "data")
-    cluster = work / "clusters" / "local.yaml"
-    cluster.write_text(cluster.read_text().replace("address: null", f"address: {address}"))
+    join(work, "local", address)
     process = subprocess.Popen([sys.executable, "-m", "pipeline.stages.shard", "plain"], cwd=work)
     deadline = time.monotonic() + 200
     while len(finished(work)) < 5:

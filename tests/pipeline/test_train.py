@@ -11,6 +11,7 @@ import torch
 
 from pipeline import runs
 from pipeline.checkpoints import Checkpoints, writing
+from pipeline.cluster import Cluster
 from pipeline.params import read_params
 from pipeline.stages import train as stage
 from pipeline.storage import Storage, fresh_directory
@@ -47,7 +48,7 @@ def directory_of(params, monkeypatch, tmp_path):
         directory = fresh_directory(tmp_path / "out" / name)
         storage.publish(directory, "weights" if name == "weights" else "dataset", {}, classes=[*range(10)])
     monkeypatch.chdir(tmp_path)
-    return lambda params: stage.prepare("c2i", params, storage, SimpleNamespace(workers=1)).directory
+    return lambda params: stage.prepare("c2i", params, storage, Cluster(None, 1, 1.0, 0.0, 1, 0)).directory
 
 
 def test_checkpoints_that_will_not_fit_are_noticed_before_training(directory_of, params, monkeypatch):

@@ -15,12 +15,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.cluster import LOCAL_ENVIRONMENT
+from pipeline.session import ENVIRONMENT
 from pipeline.storage import read_manifest
+from tests.e2e.workspace import join
 from tests.faults.workspace import build_empty
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"
+PORTS = ("port", "ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
+         "metrics-export-port", "runtime-env-agent-port")  # each has one of its own, which another Ray may hold
 
 
 def free_port():
@@ -35,11 +38,12 @@ def head():
     with tempfile.TemporaryDirectory() as folder:
         token = secrets.token_hex(32)
         (Path(folder) / "token").write_text(token)
-        environment = {**os.environ, **LOCAL_ENVIRONMENT, "RAY_AUTH_MODE": "token", "RAY_TMPDIR": folder,
+        environment = {**os.environ, **ENVIRONMENT, "RAY_AUTH_MODE": "token", "RAY_TMPDIR": folder,
                        "RAY_AUTH_TOKEN_PATH": f"{folder}/token"}
-        port, dashboard = free_port(), free_port()
+        dashboard = free_port()
+        free = [f"--{name}={free_port()}" for name in PORTS]
         process = subprocess.Popen(
-            [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2",
+            [RAY, "start", "--head", "--block", f"--dashboard-port={dashboard}", "--num-cpus=2", *free,
              "--node-ip-address=127.0.0.1"], env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         try:
@@ -91,8 +95,7 @@ def test_a_stage_runs_as_a_job(head, tmp_path):
     """As the README submits it: in a checkout that the cluster sees, on the Ray that is there."""
     _, address, environment, _ = head
     workspace = build_empty(tmp_path / "work")
-    local = (workspace / "clusters/local.yaml").read_text()
-    (workspace / "clusters/joined.yaml").write_text(local.replace("address: null", "address: auto"))
+    join(workspace, "joined", "auto")
     stage = f"cd {workspace} && PIXELGEN_CLUSTER=joined {sys.executable} -m pipeline.stages.shard digits"
     done = subprocess.run([RAY, "job", "submit", "--address", address, "--", "bash", "-c", stage],
                           env=environment, cwd=tmp_path, text=True, capture_output=True)

@@ -1,0 +1,182 @@
+"""The Ray of this machine that the stages of a run share: the first that needs it starts it, and it ends by itself.
+
+Starting Ray, and importing torch in each of its workers, costs more than the work of a small stage. So a keeper, a
+process of its own, starts Ray and a server of forks (`pipeline.forks`), and ends both when no stage has used them for
+`IDLE` seconds. Stages share one if they run in the same folder with the same environment, since Ray's workers see what
+the keeper saw. All is on loopback, and in a folder that belongs to the user alone.
+
+Locks of the kernel tell who lives, however a process ends: a stage holds `users` shared, the keeper `keeper`.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline.store import StorageError, write_atomic
+
+IDLE = 30.0  # seconds without a stage after which Ray ends
+LONGEST_START = 300.0  # seconds, on a busy machine
+STARTS = 3  # attempts to start Ray, which gives up after a fixed time however busy the machine is
+FORKS = Path(__file__).with_name("forks.py")
+OWN = ("DVC_STAGE", "PIXELGEN_CLUSTER", "_", "SHLVL", "OLDPWD")  # variables that differ between stages, for no worker
+
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0" is what makes Ray bind the loopback address only
+# Ray on one machine: loopback only, quiet, quick to notice a dead worker. A value already in the environment stays.
+ENVIRONMENT = {
+    LOOPBACK: "0",
+    "RAY_AUTH_MODE": "disabled",  # whoever may use the loopback of this machine may use this Ray
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_idle_worker_killing_time_threshold_ms": "600000",  # or every task that reads ahead starts a process anew
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",  # a busy machine takes its time
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+environment: dict[str, str] = {}  # what `prepare` found
+
+
+def prepare() -> None:
+    """Set Ray's environment, some of which it reads when it is imported, and note all of it the first time: what
+    libraries add to it later differs from stage to stage."""
+    if "ray" in sys.modules and LOOPBACK not in os.environ:
+        raise RuntimeError(f"ray was imported before the cluster was read, without {LOOPBACK}: it would look elsewhere")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if not environment:
+        environment.update(os.environ)
+
+
+def folder() -> Path:
+    """Where the session of this working directory and environment has its locks and its address."""
+    seen = {name: value for name, value in environment.items() if name not in OWN}
+    name = hashlib.sha256(json.dumps([sys.executable, os.getcwd(), seen], sort_keys=True).encode()).hexdigest()[:12]
+    path = Path(environment.get("RAY_TMPDIR", tempfile.gettempdir())) / f"pixelgen-{os.getuid()}-{name}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    if path.stat().st_uid != os.getuid():
+        raise StorageError(f"{path} belongs to another user: set RAY_TMPDIR to a folder of your own")
+    return path
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[str]:
+    """The address of the session, which is started if there is none, and stays for at least as long as the block, or
+    this process, lasts."""
+    place = folder()
+    with open(place / "users", "a") as users:
+        fcntl.flock(users, fcntl.LOCK_SH)
+        with open(place / "start", "a") as start:
+            fcntl.flock(start, fcntl.LOCK_EX)
+            if not locked(place / "keeper"):
+                start_keeper(place)
+        yield (place / "address").read_text()
+
+
+def begin() -> None:
+    """Let the session start meanwhile, for the stages that come next: it takes as long as a small stage."""
+    subprocess.Popen([sys.executable, "-m", "pipeline.session"], env=environment, stdin=subprocess.DEVNULL,
+                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def start_keeper(place: Path) -> None:
+    """Start a keeper and wait for Ray's address. StorageError, with what it printed, if it ends instead."""
+    address, log = place / "address", place / "log"
+    address.unlink(missing_ok=True)
+    paths = [os.getcwd(), environment.get("PYTHONPATH", "")]  # the code of the stages lies here
+    with open(log, "wb") as file:
+        keeper = subprocess.Popen([sys.executable, "-m", "pipeline.session", place], stdin=subprocess.DEVNULL,
+                                  stdout=file, stderr=file, start_new_session=True,
+                                  env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, paths))})
+    deadline = time.monotonic() + LONGEST_START
+    while not address.exists():
+        if keeper.poll() is not None or time.monotonic() > deadline:
+            raise StorageError(f"Ray did not start on this machine:\n{log.read_text(errors='replace')}")
+        time.sleep(0.05)
+
+
+def locked(path: Path) -> bool:
+    """Whether a living process holds the lock of a file."""
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def keep(place: Path) -> None:
+    """Start Ray, leave its address, and end it after `IDLE` seconds in which nobody has held `users`."""
+    import ray
+
+    with open(place / "users", "a") as users, open(place / "keeper", "a") as keeper:
+        fcntl.flock(keeper, fcntl.LOCK_EX)
+        with forks(place):
+            os.environ["PIXELGEN_FORKS"] = str(place / "forks")
+            write_atomic(place / "address", start_ray().encode())
+            servers = [p for p in psutil.Process().children() if p.name() in ("gcs_server", "raylet")]
+            used = time.monotonic()
+            while all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in servers):
+                time.sleep(0.5)
+                try:
+                    fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    used = time.monotonic()
+                    continue
+                if time.monotonic() - used > IDLE:
+                    break  # with the lock held: who comes now waits for the end, and starts another
+                fcntl.flock(users, fcntl.LOCK_UN)
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def forks(place: Path) -> Iterator[None]:
+    """A server of forks at `place`, which ends with the block, or with this process."""
+    address = place / "forks"
+    address.unlink(missing_ok=True)
+    server = subprocess.Popen([sys.executable, "-I", FORKS, "serve", address], stdin=subprocess.PIPE,
+                              env=os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"})  # no fork could use CUDA
+    try:
+        yield
+    finally:
+        server.communicate()
+
+
+def start_ray() -> str:
+    """Start Ray without a dashboard, which is ten more processes, and with forks for workers -> its address."""
+    import ray
+    from ray._private import ray_constants
+
+    ray_constants.SETUP_WORKER_FILENAME = str(FORKS)  # what the raylet starts, with a worker's command as arguments
+    for attempt in range(STARTS):
+        try:
+            # without "local", it would join the cluster that was last started on this machine, whoever's it is
+            session: Any = ray.init("local", include_dashboard=False, log_to_driver=False,
+                               logging_level=logging.ERROR)
+            return session.address_info["address"]
+        except Exception as error:  # Ray raises nothing more special than that
+            if "timed out during startup" not in str(error) or attempt == STARTS - 1:
+                raise
+            ray.shutdown()
+    raise AssertionError("unreachable")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        keep(Path(sys.argv[1]))
+    else:
+        prepare()
+        with joined():
+            pass
