@@ -13,7 +13,7 @@ repro: setup
 	dvc repro
 
 test: setup
-	python -m pytest
+	python -m pytest -n auto --maxprocesses 4
 
 setup: $(READY)
 

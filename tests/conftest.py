@@ -1,15 +1,36 @@
-"""Fixtures for all tests: an S3 server, and a proxy that makes it fail.
+"""For all tests: how they share processes, an S3 server, and a proxy that makes it fail.
 
-Their packages are imported when a test asks for them: most tests do not.
+The packages of the latter are imported when a test asks for them: most tests do not.
 """
 
 import os
 import secrets
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
+from pipeline.session import ENVIRONMENT
 from tests.s3.proxy import fault_proxy
 from tests.s3.server import Bucket, s3_server
+
+os.environ |= ENVIRONMENT  # before a test imports Ray
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # each process has a core, not all of them
+
+
+class ByModule(LoadScopeScheduling):
+    """Which tests run in one process, one after another: those of a module, which share what is expensive, and all
+    faults, which disturb one workspace."""
+
+    def _split_scope(self, nodeid):
+        module = nodeid.partition("::")[0]
+        return "faults" if module.startswith("tests/faults/") else module
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    config.option.loadscopereorder = False  # the folders with the longest tests come first, not the most tests
+    return ByModule(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,8 @@ def tiny(bucket):
     """The class-conditional half of the demo, at sizes of seconds, kept under a root on S3."""
     def change(params):
         params["storage"]["root"] = f"{bucket.url}/store"
+        params["weights"]["networks"] = ["digits"]
+        params["train"]["c2i"]["objective"] |= {"repa_weight": 0, "lpips_weight": 0, "pdino_weight": 0, "gated": []}
         for section, kept in (("datasets", "digits"), ("train", "c2i"), ("sample", "c2i"), ("evaluate", "fid")):
             for key in [*params[section]]:
                 if key != kept:

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/reliability.md"
 BEGIN, END = "<!-- begin: written by python -m tests.faults.table -->", "<!-- end -->"
-RESULTS = ROOT / ".pytest_cache/v/faults"
+RESULTS = ROOT / ".pytest_cache/faults"
 
 
 @dataclass(frozen=True)

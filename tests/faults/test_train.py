@@ -1,5 +1,5 @@
-"""Faults in the middle of training. The tests take one run from its first step to its last, each where the one before
-has left it: whatever checkpoint they find has to be the one of the undisturbed run."""
+"""Faults in the middle of training. Each test goes on from a checkpoint of the undisturbed run; whatever checkpoint it
+leaves has to be the one of that run."""
 
 import contextlib
 
@@ -19,27 +19,20 @@ def goes_on(process, workspace, step):
 
 
 @fault("the stage is started twice", "train", "the second says which process holds the run, and ends")
-@fault("kill -9 of the stage", "train", "started again, it goes on from the newest checkpoint")
-def test_the_stage_is_started_twice_and_killed(workspace, identical):
-    with workspace.started(workspace.call("train")) as process:
-        process.until(lambda: [*workspace.path.glob("runs/train@*/*/driver.lease")])
-        process.until(lambda: (workspace.run_directory("train") / "driver.lease").read_text())
-        assert f"in use by process {process.popen.pid}: wait for it" in workspace.refused("train")
-        process.until(newer(workspace, than=0))
-        process.kill()
-    for _ in range(2):  # now that the run stands still: comparing takes as long as many steps
-        identical(same_checkpoints(workspace))
-    assert newest(workspace) < 48, "killed too late to show anything"
-
-
 @fault("kill -9 of rank 1", "train", "Ray Train starts the ranks anew, from the newest checkpoint")
 @fault("kill -9 of rank 0, which writes", "train", "the same")
 @fault("the disk is full", "train", "one line names the file and says to make room; started again, it goes on")
-def test_ranks_are_killed_and_the_disk_gets_full(workspace, fillable, identical):
-    runs, before = workspace.path / "runs", newest(workspace)
+@fault("kill -9 of the stage", "train", "started again, it goes on from the newest checkpoint")
+@fault("a flipped bit in the newest checkpoint", "train", "it is put aside, training goes on from the one before")
+def test_what_ranks_the_disk_and_the_stage_may_suffer(workspace, fillable, identical):
+    workspace.begin(STAGE, 6)
+    runs = workspace.path / "runs"
     with (mounted(runs, "size=2g") if fillable else contextlib.nullcontext(),
-          workspace.started(workspace.call("train")) as process):
-        goes_on(process, workspace, before)
+          workspace.started(workspace.call(STAGE)) as process):
+        process.until(lambda: (workspace.run_directory(STAGE) / "driver.lease").read_text().startswith(
+            f"{process.popen.pid} "))
+        assert f"in use by process {process.popen.pid}: wait for it" in workspace.refused(STAGE)
+        goes_on(process, workspace, 6)
         for victim in (False, True):
             before, writer = newest(workspace), rank_0(workspace)
             (killed,) = (p for p in process.ray("RayTrainWorker") if (p.pid == writer) == victim)
@@ -49,41 +42,47 @@ def test_ranks_are_killed_and_the_disk_gets_full(workspace, fillable, identical)
         if fillable:
             fill(runs)
             assert process.wait() == 1, process.printed()
-            line = process.last_line("train")
-            assert f"{workspace.run_directory('train')}" in line and "No space left on device: make room" in line
+            line = process.last_line(STAGE)
+            assert f"{workspace.run_directory(STAGE)}" in line and "No space left on device: make room" in line
             make_room(runs)
-        for _ in range(3 if fillable else 2):
-            identical(same_checkpoints(workspace))
-        if not fillable:
-            pytest.skip(UNFILLED)
-
-
-@fault("SIGTERM, as before a machine is taken away", "train", "the step is saved; exit status 143, one line says so")
-def test_sigterm(workspace, identical):
     before = newest(workspace)
-    with workspace.started(workspace.call("train")) as process:
+    with workspace.started(workspace.call(STAGE)) as process:
         goes_on(process, workspace, before)
-        assert process.terminate() == f"step {newest(workspace)} is saved"
-    identical(same_checkpoints(workspace))
-
-
-@fault("kill -9 of Ray Train's controller", "train", "one line says that Ray has failed; started again, it goes on")
-@fault("a flipped bit in the newest checkpoint", "train", "it is put aside, training goes on from the one before")
-def test_the_controller_is_killed_and_a_checkpoint_damaged(workspace, identical):
-    before = newest(workspace)
-    with workspace.started(workspace.call("train")) as process:
-        goes_on(process, workspace, before)
-        (controller,) = process.ray("TrainController")
-        controller.kill()
-        assert process.wait() == 1, process.printed()
-        assert "Ray has failed" in process.last_line("train")
-    identical(same_checkpoints(workspace))
+        process.kill()
+    same_checkpoints(workspace)  # now that the run stands still: comparing takes as long as many steps
     *_, before, last = checkpoints(workspace)
-    damaged = workspace.run_directory("train") / f"checkpoints/step-{last:08}.pt"
+    assert last < 48, "killed too late to show anything"
+    damaged = workspace.run_directory(STAGE) / f"checkpoints/step-{last:08}.pt"
     flip(damaged)
-    printed = workspace.finish("train")
+    printed = workspace.finish(STAGE)
     assert f"{damaged} is not the checkpoint that was written (size or sha256 differs): put aside\n" in printed
     assert f"training goes on from step {before}\n" in printed
     assert damaged.with_suffix(".damaged").exists()
-    same_checkpoints(workspace)
-    identical(f"{workspace.same('train')} files")
+    files = f"{same_checkpoints(workspace)}, {workspace.same(STAGE)} files"
+    if not fillable:
+        pytest.skip(UNFILLED)
+    for _ in range(6):
+        identical(files)
+
+
+@fault("SIGTERM, as before a machine is taken away", "train", "the step is saved; exit status 143, one line says so")
+@fault("kill -9 of Ray Train's controller", "train", "one line says that Ray has failed; started again, it goes on")
+@fault("kill -9 of Ray as a whole", "train", "the same, with a new one")
+def test_what_ray_may_suffer(workspace, identical):
+    workspace.begin(STAGE, 12)
+    with workspace.started(workspace.call(STAGE)) as process:
+        goes_on(process, workspace, 12)
+        assert process.terminate() == f"step {newest(workspace)} is saved"
+    for victim in ("controller", "keeper"):
+        before = newest(workspace)
+        with workspace.started(workspace.call(STAGE)) as process:
+            goes_on(process, workspace, before)
+            (killed,) = process.ray("TrainController") if victim == "controller" else process.keeper()
+            killed.kill()
+            assert process.wait() == 1, process.printed()
+            assert "Ray has failed" in process.last_line(STAGE)
+    assert newest(workspace) < 48, "killed too late to show anything"
+    workspace.finish(STAGE)
+    files = f"{same_checkpoints(workspace)}, {workspace.same(STAGE)} files"
+    for _ in range(3):
+        identical(files)
