@@ -28,6 +28,7 @@ def test_sample(workspace, fillable, identical):
             stack.enter_context(mounted(runs, "size=2g"))
         first = stack.enter_context(workspace.started(DVC))
         first.until(workspace.more_parts("sample"))
+        first.until(lambda: len(first.ray("MapWorker")) == 2)  # one that is not there yet would do all of the work
         actors = first.ray("MapWorker")
         for actor in actors:
             actor.suspend()  # so that the first is still at work when the others come
