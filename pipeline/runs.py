@@ -52,7 +52,7 @@ def lease(path: Path, patience: float) -> Iterator[None]:
     """
     deadline = time.monotonic() + patience
     with open(path, "a+") as file:
-        while not _try_lock(file):
+        while not try_lock(file):
             file.seek(0)
             noted = file.read().split()
             holder, supervisor = _alive(noted[:2]), noted[2:]
@@ -73,12 +73,13 @@ def in_use(directory: Path) -> bool:
     """Whether a living process holds a lease in a run directory."""
     for path in directory.glob("*.lease"):
         with open(path, "a+") as file:
-            if not _try_lock(file):
+            if not try_lock(file):
                 return True
     return False
 
 
-def _try_lock(file: IO[str]) -> bool:
+def try_lock(file: IO[str]) -> bool:
+    """Take the lock of an open file, if no other process holds it -> whether it is taken."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -24,6 +24,7 @@ from typing import Any
 
 import psutil
 
+from pipeline.runs import try_lock
 from pipeline.store import StorageError, write_atomic
 
 IDLE = 30.0  # seconds without a stage after which Ray ends
@@ -80,7 +81,9 @@ def joined() -> Iterator[str]:
         fcntl.flock(users, fcntl.LOCK_SH)
         with open(place / "start", "a") as start:
             fcntl.flock(start, fcntl.LOCK_EX)
-            if not locked(place / "keeper"):
+            with open(place / "keeper", "a") as keeper:
+                lives = not try_lock(keeper)
+            if not lives:
                 start_keeper(place)
         yield (place / "address").read_text()
 
@@ -107,16 +110,6 @@ def start_keeper(place: Path) -> None:
         time.sleep(0.05)
 
 
-def locked(path: Path) -> bool:
-    """Whether a living process holds the lock of a file."""
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
 def keep(place: Path) -> None:
     """Start Ray, leave its address, and end it after `IDLE` seconds in which nobody has held `users`."""
     import ray
@@ -130,14 +123,12 @@ def keep(place: Path) -> None:
             used = time.monotonic()
             while all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in servers):
                 time.sleep(0.5)
-                try:
-                    fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
+                if not try_lock(users):
                     used = time.monotonic()
-                    continue
-                if time.monotonic() - used > IDLE:
+                elif time.monotonic() - used > IDLE:
                     break  # with the lock held: who comes now waits for the end, and starts another
-                fcntl.flock(users, fcntl.LOCK_UN)
+                else:
+                    fcntl.flock(users, fcntl.LOCK_UN)
             ray.shutdown()
 
 
