@@ -3,11 +3,14 @@
 A worker that starts from nothing spends its first seconds importing torch and pandas, and a training needs a dozen
 workers. `python forks.py serve SOCKET` imports them once. Ray is told to start its workers with this file too
 (`pipeline.session`): then a fork of the server, which $PIXELGEN_FORKS names, takes the caller's place, with its
-arguments, environment, working directory and output. Nothing of this project is imported before a fork: code that is
-edited meanwhile is the code that runs. This file is run by itself, and imports nothing else of the project.
+arguments, environment, working directory and output. Where no server answers, the caller goes on by itself. Nothing of
+this project is imported before a fork: code that is edited meanwhile is the code that runs. This file is run by itself,
+and imports nothing else of the project.
 """
 
 import argparse
+import contextlib
+import importlib
 import json
 import os
 import runpy
@@ -17,6 +20,12 @@ import socket
 import sys
 
 LARGEST = 1 << 20  # bytes read at once
+PRELOADED = (
+    "boto3", "click", "colorful", "fsspec", "google.protobuf.descriptor_pb2", "jsonschema", "lpips", "msgpack",
+    "pandas", "PIL.Image", "psutil", "pyarrow.fs", "pyarrow.parquet", "pydantic.fields", "requests",
+    "safetensors.torch", "scipy", "timm", "torch", "torch._dynamo", "torchvision.models", "tqdm",
+    "transformers.models.auto", "transformers.models.qwen3.modeling_qwen3",
+)
 
 
 def serve(address: str) -> None:
@@ -36,34 +45,12 @@ def serve(address: str) -> None:
 
 
 def import_what_workers_need() -> None:
-    """What the stages and Ray's own libraries import; not Ray itself, which reads the environment when it is imported.
-    """
-    import boto3
-    import click
-    import colorful
-    import fsspec
-    import google.protobuf.descriptor_pb2
-    import jsonschema
-    import lpips
-    import msgpack
-    import pandas
-    import PIL.Image
-    import psutil
-    import pyarrow.fs
-    import pyarrow.parquet
-    import pydantic.fields
-    import requests
-    import safetensors.torch
-    import scipy
-    import timm
-    import torch
-    import torch._dynamo
-    import torchvision.models
-    import tqdm
-    import transformers.models.auto
-    import transformers.models.qwen3.modeling_qwen3
-
-    if torch.cuda.is_initialized():
+    """What the stages and Ray's own libraries import, as far as it is installed; not Ray itself, which reads the
+    environment when it is imported."""
+    for name in PRELOADED:
+        with contextlib.suppress(ImportError):  # a worker that needs it will name it
+            importlib.import_module(name)
+    if sys.modules["torch"].cuda.is_initialized():
         sys.exit("an import has initialised CUDA, which no fork can use")
 
 
@@ -97,7 +84,11 @@ def become(arguments: list[str]) -> None:
     called = {"arguments": arguments, "environment": environment, "directory": os.getcwd()}
     data = json.dumps(called).encode() + b"\n"
     server = socket.socket(socket.AF_UNIX)
-    server.connect(os.environ["PIXELGEN_FORKS"])
+    try:
+        server.connect(os.environ["PIXELGEN_FORKS"])
+    except OSError as error:  # killed, most likely; Ray would wait for its workers forever
+        print(f"no server of forks ({error}): this worker imports everything itself", file=sys.stderr)
+        os.execve(sys.executable, [sys.executable, *arguments], environment)
     server.sendall(data[socket.send_fds(server, [data], [0, 1, 2]):])
     server.recv(1)  # until the fork has read it
 

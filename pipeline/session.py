@@ -9,6 +9,7 @@ Locks of the kernel tell who lives, however a process ends: a stage holds `users
 """
 
 import contextlib
+import faulthandler
 import fcntl
 import hashlib
 import json
@@ -20,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -28,7 +29,7 @@ from pipeline.runs import try_lock
 from pipeline.store import StorageError, write_atomic
 
 IDLE = 30.0  # seconds without a stage after which Ray ends
-LONGEST_START = 300.0  # seconds, on a busy machine
+LONGEST_START = 300.0  # seconds, on a busy machine, after which a keeper gives up
 STARTS = 3  # attempts to start Ray, which gives up after a fixed time however busy the machine is
 FORKS = Path(__file__).with_name("forks.py")
 OWN = ("DVC_STAGE", "PIXELGEN_CLUSTER", "_", "SHLVL", "OLDPWD")  # variables that differ between stages, for no worker
@@ -75,17 +76,17 @@ def folder() -> Path:
 @contextlib.contextmanager
 def joined() -> Iterator[str]:
     """The address of the session, which is started if there is none, and stays for at least as long as the block, or
-    this process, lasts."""
+    this process, lasts. StorageError, with what it printed, if it does not start."""
     place = folder()
     with open(place / "users", "a") as users:
         fcntl.flock(users, fcntl.LOCK_SH)
         with open(place / "start", "a") as start:
             fcntl.flock(start, fcntl.LOCK_EX)
             with open(place / "keeper", "a") as keeper:
-                lives = not try_lock(keeper)
-            if not lives:
-                start_keeper(place)
-        yield (place / "address").read_text()
+                if try_lock(keeper):
+                    start_keeper(place, keeper)
+            address = wait_for_address(place)
+        yield address
 
 
 def begin() -> None:
@@ -94,42 +95,48 @@ def begin() -> None:
                      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
-def start_keeper(place: Path) -> None:
-    """Start a keeper and wait for Ray's address. StorageError, with what it printed, if it ends instead."""
-    address, log = place / "address", place / "log"
-    address.unlink(missing_ok=True)
+def start_keeper(place: Path, keeper: IO[str]) -> None:
+    """Start a keeper, which inherits its lock: for others it lives from now on, even if this process is killed."""
+    (place / "address").unlink(missing_ok=True)
     paths = [os.getcwd(), environment.get("PYTHONPATH", "")]  # the code of the stages lies here
-    with open(log, "wb") as file:
-        keeper = subprocess.Popen([sys.executable, "-m", "pipeline.session", place], stdin=subprocess.DEVNULL,
-                                  stdout=file, stderr=file, start_new_session=True,
-                                  env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, paths))})
-    deadline = time.monotonic() + LONGEST_START
-    while not address.exists():
-        if keeper.poll() is not None or time.monotonic() > deadline:
-            raise StorageError(f"Ray did not start on this machine:\n{log.read_text(errors='replace')}")
+    with open(place / "log", "wb") as log:
+        subprocess.Popen([sys.executable, "-m", "pipeline.session", place, str(keeper.fileno())],
+                         stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[keeper.fileno()],
+                         start_new_session=True,
+                         env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, paths))})
+
+
+def wait_for_address(place: Path) -> str:
+    """What the keeper leaves, whoever started it, once Ray is up."""
+    while not (place / "address").exists():
+        with open(place / "keeper", "a") as keeper:
+            if try_lock(keeper):
+                log = (place / "log").read_text(errors="replace")
+                raise StorageError(f"Ray did not start on this machine:\n{log}")
         time.sleep(0.05)
+    return (place / "address").read_text()
 
 
 def keep(place: Path) -> None:
     """Start Ray, leave its address, and end it after `IDLE` seconds in which nobody has held `users`."""
     import ray
 
-    with open(place / "users", "a") as users, open(place / "keeper", "a") as keeper:
-        fcntl.flock(keeper, fcntl.LOCK_EX)
-        with forks(place):
-            os.environ["PIXELGEN_FORKS"] = str(place / "forks")
-            write_atomic(place / "address", start_ray().encode())
-            servers = [p for p in psutil.Process().children() if p.name() in ("gcs_server", "raylet")]
-            used = time.monotonic()
-            while all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in servers):
-                time.sleep(0.5)
-                if not try_lock(users):
-                    used = time.monotonic()
-                elif time.monotonic() - used > IDLE:
-                    break  # with the lock held: who comes now waits for the end, and starts another
-                else:
-                    fcntl.flock(users, fcntl.LOCK_UN)
-            ray.shutdown()
+    faulthandler.dump_traceback_later(LONGEST_START, exit=True)  # Ray itself may wait for a worker forever
+    with open(place / "users", "a") as users, forks(place):
+        os.environ["PIXELGEN_FORKS"] = str(place / "forks")
+        write_atomic(place / "address", start_ray().encode())
+        faulthandler.cancel_dump_traceback_later()
+        servers = [p for p in psutil.Process().children() if p.name() in ("gcs_server", "raylet")]
+        used = time.monotonic()
+        while all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in servers):
+            time.sleep(0.5)
+            if not try_lock(users):
+                used = time.monotonic()
+            elif time.monotonic() - used > IDLE:
+                break  # with the lock held: who comes now waits for the end, and starts another
+            else:
+                fcntl.flock(users, fcntl.LOCK_UN)
+        ray.shutdown()
 
 
 @contextlib.contextmanager
@@ -166,6 +173,7 @@ def start_ray() -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:]:
+        os.set_inheritable(int(sys.argv[2]), False)  # the lock of `start_keeper` is held by this process alone
         keep(Path(sys.argv[1]))
     else:
         prepare()

@@ -17,8 +17,11 @@ KEEPER = f"""
 from pipeline import session
 session.prepare()
 session.IDLE = {IDLE}
-print(session.folder(), flush=True)
-session.keep(session.folder())
+place = session.folder()
+with open(place / "keeper", "a") as keeper:
+    assert session.try_lock(keeper)
+    print(place, flush=True)
+    session.keep(place)
 """
 STAGE = """
 import json, os, sys
@@ -103,6 +106,27 @@ def test_nothing_outlives_a_keeper_that_is_killed(start):
     stage.kill()
     keeper.kill()
     assert ended(left)
+
+
+def test_without_a_server_of_forks_a_worker_imports_what_it_needs(start):
+    address(start("import contextlib\n" + KEEPER.replace("place =", "session.forks = contextlib.nullcontext; place =")))
+    stage = start(STAGE)
+    _, torch, *_, secret = json.loads(stage.stdout.readline())
+    assert not torch and secret == "told to workers"
+
+
+def test_a_keeper_whose_starter_was_killed_is_waited_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(session, "environment", dict(os.environ) | {"RAY_TMPDIR": str(tmp_path)})
+    keeper = tmp_path / "keeper"
+    keeper.write_text("#!/bin/sh\nsleep 2\necho an address > $3/address\nsleep 2\n")
+    keeper.chmod(0o700)
+    monkeypatch.setattr(session, "sys", type("other", (), {"executable": str(keeper)}))
+    place = session.folder()
+    with open(place / "keeper", "a") as lock:
+        assert session.try_lock(lock)
+        session.start_keeper(place, lock)
+    with session.joined() as address:
+        assert address == "an address\n"
 
 
 def test_what_differs_from_stage_to_stage_makes_no_other_session(monkeypatch, tmp_path):

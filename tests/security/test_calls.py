@@ -32,6 +32,7 @@ READ = {  # file -> its calls of readers
 }
 BANNED = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "importlib.import_module", "torch.hub.load",
           "torch.jit.load", "shutil.unpack_archive", "tempfile.mktemp"}
+ALLOWED = {"pipeline/forks.py": {"importlib.import_module"}}  # of names that are written there
 MODULES = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "yaml", "xml"}
 KEYWORDS = {"shell": False, "allow_pickle": False, "trust_remote_code": False, "weights_only": True,
             "use_safetensors": True}
@@ -49,7 +50,7 @@ def test_only_known_calls_read_what_could_run_code(file):
     found = [(ast.unparse(node.func), node) for node in nodes if isinstance(node, ast.Call)]
     readers = {described(call) for name, call in found if name.split(".")[-1] in READERS and name not in SAFE}
     assert readers == READ.get(file, set())
-    assert {name for name, _ in found} & BANNED == set()
+    assert {name for name, _ in found} & BANNED == ALLOWED.get(file, set())
     assert not [name for name, _ in found if name.endswith(".extractall")], "archives are never unpacked"
     for name, call in found:
         for word in call.keywords:
