@@ -9,7 +9,9 @@ and imports nothing else of the project.
 """
 
 import argparse
+import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -18,6 +20,8 @@ import select
 import signal
 import socket
 import sys
+import traceback
+from typing import NoReturn
 
 LARGEST = 1 << 20  # bytes read at once
 PRELOADED = (
@@ -40,7 +44,6 @@ def serve(address: str) -> None:
         if os.fork() == 0:
             listener.close()
             take_the_place_of(caller)
-            return
         caller.close()
 
 
@@ -52,10 +55,12 @@ def import_what_workers_need() -> None:
             importlib.import_module(name)
     if sys.modules["torch"].cuda.is_initialized():
         sys.exit("an import has initialised CUDA, which no fork can use")
+    gc.collect()
+    gc.freeze()  # or every fork's collector would go through all that, and copy its pages
 
 
-def take_the_place_of(caller: socket.socket) -> None:
-    """In a fork: run what the caller was called with, as if the caller did."""
+def take_the_place_of(caller: socket.socket) -> NoReturn:
+    """In a fork: run what the caller was called with, as if the caller did, and end."""
     data, descriptors, _, _ = socket.recv_fds(caller, LARGEST, 3)
     while not data.endswith(b"\n"):
         data += caller.recv(LARGEST)
@@ -65,12 +70,22 @@ def take_the_place_of(caller: socket.socket) -> None:
         os.close(descriptor)
     caller.close()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    atexit._clear()  # of the server's libraries; Ray registers its own
     os.environ.clear()
     os.environ.update(called["environment"])
     os.chdir(called["directory"])
     sys.argv = called["arguments"]
     sys.path[:] = [os.path.dirname(sys.argv[0]), *os.environ["PYTHONPATH"].split(os.pathsep), *sys.path]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    status = 1
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    atexit._run_exitfuncs()
+    os._exit(status)  # to take apart what was imported would cost each fork half a second
 
 
 def become(arguments: list[str]) -> None:

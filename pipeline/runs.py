@@ -7,13 +7,14 @@ afresh and an interrupted one goes on where it was.
 import contextlib
 import fcntl
 import hashlib
+import os
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import psutil
 
@@ -125,9 +126,10 @@ class Stopped(SystemExit):
     """A stage ends because of SIGTERM, which comes before a machine is taken away; the message says what is kept."""
 
 
-def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage's main; what the user can mend, or Ray that fails, ends it with one clear line instead of a
-    traceback, also where a worker of Ray Train has met it. A bug ends it with its traceback, and the worker's."""
+def run_stage(main: Callable[[], None]) -> NoReturn:
+    """Run a stage's main, and end the process; what the user can mend, or Ray that fails, ends it with one clear line
+    instead of a traceback, also where a worker of Ray Train has met it. A bug ends it with its traceback, and the
+    worker's."""
     signal.signal(signal.SIGTERM, _end)
     try:
         with on_disk(Path.cwd()):
@@ -147,6 +149,9 @@ def run_stage(main: Callable[[], None]) -> None:
         for told in dict.fromkeys(str(origin) for origin in found if origin is not error):
             print(told, file=sys.stderr)  # the whole of what Ray has cut short in its own exception
         raise
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is written; to take torch and Ray apart would cost each stage another second
 
 
 def _end(*_: Any) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
 from pipeline.batches import Plan, Source, first_captions, lane_batches, open_split
@@ -26,13 +27,12 @@ from pipeline.runs import Stopped, lease, run_directory, run_stage, whole_traceb
 from pipeline.storage import Artifact, Storage, fresh_directory
 from pipeline.store import StorageError, Store, on_disk, write_atomic
 from pixelgen.checkpoint import export, load_state, read_state, start_from
-from pixelgen.config import CHANGEABLE, DenoiserConfig, ObjectiveConfig, require
+from pixelgen.config import CHANGEABLE, DenoiserConfig, FitConfig, ObjectiveConfig, require
 from pixelgen.encoders.dino import load_dino
 from pixelgen.encoders.lpips import load_lpips
 from pixelgen.encoders.text import TextEncoder, load_text_encoder
 from pixelgen.generate import PixelGen
 from pixelgen.images import grid
-from pixelgen.models import build_denoiser
 from pixelgen.objective import Objective
 from pixelgen.train import NonFiniteError, TrainState, create_state, fit
 
@@ -91,21 +91,7 @@ def prepare(key: str, params: TrainParams, storage: Storage, cluster: Cluster) -
             artifact.local()  # or every rank would find what is damaged, and Ray Train start it again
     made_of = [artifact.identity for artifact in (data, weights, start) if artifact]
     directory = run_directory("train", key, trajectory(params), *made_of)
-    check_room(params, directory)
     return Run(params, data, weights, start, directory.absolute(), storage.run(directory), cluster)
-
-
-def check_room(params: TrainParams, directory: Path) -> None:
-    """StorageError if the checkpoints that are to be kept, and one more, will not fit on the disk: each has weights,
-    averaged weights and AdamW's two moments in float32."""
-    with torch.device("meta"):
-        size = 4 * 4 * sum(p.numel() for p in build_denoiser(params.denoiser.resolve()).parameters())
-    kept = params.fit.keep_checkpoints + (params.fit.steps // params.fit.keep_every if params.fit.keep_every else 0)
-    need, free = size * (kept + 1), shutil.disk_usage(directory).free + sum(
-        path.stat().st_size for path in directory.glob("checkpoints/*"))
-    if need > free:
-        raise StorageError(f"{directory}: make room on this disk; {kept + 1} checkpoints of {size / 1e9:.1f} GB are to "
-                           f"lie here (fit.keep_checkpoints, fit.keep_every), {free / 1e9:.1f} GB are free")
 
 
 def trajectory(params: TrainParams) -> dict:
@@ -177,6 +163,7 @@ def train_rank(config: dict[str, Run]) -> None:
     if rank == 0:
         # a killed run's rank 0 may take seconds to die
         with lease(run.directory / "writer.lease", patience=120), on_disk(run.directory):
+            check_room(state, params.fit, run.directory)
             fit_rank(run, state, objective, text, lanes, device, writes=True)
     else:
         fit_rank(run, state, objective, text, lanes, device, writes=False)
@@ -229,6 +216,22 @@ def stop_requested(run: Run) -> Callable[[], bool]:
         return run.store.size(STOP) is not None
 
     return requested
+
+
+def check_room(state: TrainState, config: FitConfig, directory: Path) -> None:
+    """StorageError if the checkpoints that are to be kept, and one more, will not fit on the disk: each has weights,
+    averaged weights and AdamW's two moments in float32."""
+    size = 4 * (3 * count(state.model) + count(state.ema))
+    kept = config.keep_checkpoints + (config.steps // config.keep_every if config.keep_every else 0)
+    need, free = size * (kept + 1), shutil.disk_usage(directory).free + sum(
+        path.stat().st_size for path in directory.glob("checkpoints/*"))
+    if need > free:
+        raise StorageError(f"{directory}: make room on this disk; {kept + 1} checkpoints of {size / 1e9:.1f} GB are to "
+                           f"lie here (fit.keep_checkpoints, fit.keep_every), {free / 1e9:.1f} GB are free")
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def build_text(params: TrainParams, weights: Path, device: torch.device) -> TextEncoder | None:

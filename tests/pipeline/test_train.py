@@ -18,7 +18,6 @@ from pipeline.storage import Storage, fresh_directory
 from pipeline.store import LocalStore, StorageError
 from pixelgen.checkpoint import read_state
 from pixelgen.config import ObjectiveConfig
-from pixelgen.models import build_denoiser
 from pixelgen.objective import Objective
 from pixelgen.train import create_state
 from tests.pixelgen.conftest import StandInDino, lane_batch, tiny_config
@@ -51,23 +50,30 @@ def directory_of(params, monkeypatch, tmp_path):
     return lambda params: stage.prepare("c2i", params, storage, Cluster(None, 1, 1.0, 0.0, 1, 0)).directory
 
 
-def test_checkpoints_that_will_not_fit_are_noticed_before_training(directory_of, params, monkeypatch):
-    """16 bytes for each parameter of the denoiser."""
+def test_checkpoints_that_will_not_fit_are_noticed_before_training(params, monkeypatch, tmp_path):
+    """12 bytes for each parameter that is trained, 4 for each averaged."""
+    config = ObjectiveConfig(repa_block=0, pdino_block=1, lpips_weight=0, gated=(), balance_start=None)
+    goal = Objective(config, 8, torch.tensor(4), StandInDino(), None)
+    state = create_state(tiny_config(), goal, params.optimizer, 0, torch.device("cpu"))
     free = [0.0]
     monkeypatch.setattr(stage.shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
-    monkeypatch.setattr(Storage, "check", lambda self: None)
-    three = 3 * 16 * sum(p.numel() for p in build_denoiser(params.denoiser.resolve()).parameters())
-    free[0] = three - 1
-    with pytest.raises(StorageError, match=r"make room .*3 checkpoints of 0\.1 GB are to lie here.*0\.\d GB are free"):
-        directory_of(changed(params, keep_checkpoints=2))
-    free[0] = three
-    directory = directory_of(changed(params, keep_checkpoints=2))
+
+    def check(**change):
+        stage.check_room(state, changed(params, **change).fit, tmp_path)
+
+    one = 12 * stage.count(state.model) + 4 * stage.count(state.model.denoiser)
+    assert state.model.projector and 12 * stage.count(state.model.projector) < one
+    free[0] = 3 * one - 1
+    with pytest.raises(StorageError, match=r"make room .*3 checkpoints of 0\.\d GB are to lie here.*0\.\d GB are free"):
+        check(keep_checkpoints=2)
+    free[0] = 3 * one
+    check(keep_checkpoints=2)
     with pytest.raises(StorageError, match="5 checkpoints"):
-        directory_of(changed(params, keep_checkpoints=2, keep_every=2, steps=4))
-    (directory / "checkpoints").mkdir()
-    (directory / "checkpoints" / "step-00000001.pt").write_bytes(b"." * 1000)
-    free[0] = three - 1000
-    directory_of(changed(params, keep_checkpoints=2))
+        check(keep_checkpoints=2, keep_every=2, steps=4)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-00000001.pt").write_bytes(b"." * 1000)
+    free[0] = 3 * one - 1000
+    check(keep_checkpoints=2)
 
 
 @pytest.mark.parametrize("change", [
