@@ -35,7 +35,8 @@ FORKS = Path(__file__).with_name("forks.py")
 OWN = ("DVC_STAGE", "PIXELGEN_CLUSTER", "_", "SHLVL", "OLDPWD")  # variables that differ between stages, for no worker
 
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0" is what makes Ray bind the loopback address only
-# Ray on one machine: loopback only, quiet, quick to notice a dead worker. A value already in the environment stays.
+# Ray and ranks on one machine: loopback only, quiet, quick to notice a dead worker. A value already in the environment
+# stays.
 ENVIRONMENT = {
     LOOPBACK: "0",
     "RAY_AUTH_MODE": "disabled",  # whoever may use the loopback of this machine may use this Ray
@@ -47,6 +48,8 @@ ENVIRONMENT = {
     "RAY_idle_worker_killing_time_threshold_ms": "600000",  # or every task that reads ahead starts a process anew
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",  # a busy machine takes its time
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
 }
 environment: dict[str, str] = {}  # what `prepare` found
 
@@ -122,6 +125,8 @@ def keep(place: Path) -> None:
     import ray
 
     faulthandler.dump_traceback_later(LONGEST_START, exit=True)  # Ray itself may wait for a worker forever
+    for left in place.glob("ranks-*"):  # by ranks that were killed
+        left.unlink()
     with open(place / "users", "a") as users, forks(place):
         os.environ["PIXELGEN_FORKS"] = str(place / "forks")
         write_atomic(place / "address", start_ray().encode())

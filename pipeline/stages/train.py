@@ -119,9 +119,12 @@ def train(run: Run) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
+        from pipeline.loopback import LoopbackConfig
+
+        config = TorchConfig if cluster.address else LoopbackConfig
         TorchTrainer(
             train_rank, train_loop_config={"run": run},
-            torch_config=TorchConfig(backend="nccl" if cluster.device == "cuda" else "gloo"),
+            torch_config=config(backend="nccl" if cluster.device == "cuda" else "gloo"),
             scaling_config=ScalingConfig(num_workers=cluster.ranks(run.params.fit.lanes),
                                          use_gpu=cluster.device == "cuda", resources_per_worker=cluster.resources),
             run_config=RunConfig(name="train", storage_path=run.store.uri("ray"),

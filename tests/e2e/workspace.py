@@ -1,15 +1,19 @@
 """A workspace of its own for tests of the workflow: a copy of what the stages are made of, and ways to run them."""
 
+import contextlib
 import hashlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[2]
+LOOPBACK = {"127.0.0.1", "::1"}
 yaml = YAML()
 
 
@@ -56,3 +60,13 @@ def dvc(workspace, *arguments, check=True):
 
 def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def interfaces(processes):
+    """The addresses on which processes listen."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):  # it has ended
+            found |= {c.laddr.ip.removeprefix("::ffff:") for c in process.net_connections("inet")
+                      if c.status == psutil.CONN_LISTEN or c.type != socket.SOCK_STREAM}
+    return found

@@ -5,6 +5,7 @@ import contextlib
 
 import pytest
 
+from tests.e2e.workspace import LOOPBACK, interfaces
 from tests.faults.checkpoints import checkpoints, newer, newest, rank_0, same_checkpoints
 from tests.faults.table import fault
 from tests.faults.workspace import UNFILLED, fill, flip, make_room, mounted
@@ -33,6 +34,7 @@ def test_what_ranks_the_disk_and_the_stage_may_suffer(workspace, fillable, ident
             f"{process.popen.pid} "))
         assert f"in use by process {process.popen.pid}: wait for it" in workspace.refused(STAGE)
         goes_on(process, workspace, 6)
+        assert process.ray("RayTrainWorker") and interfaces(one for one, _ in process.others()) <= LOOPBACK
         for victim in (False, True):
             before, writer = newest(workspace), rank_0(workspace)
             (killed,) = (p for p in process.ray("RayTrainWorker") if (p.pid == writer) == victim)
