@@ -120,14 +120,15 @@ def wait_for_address(place: Path) -> str:
     return (place / "address").read_text()
 
 
-def keep(place: Path) -> None:
-    """Start Ray, leave its address, and end it after `IDLE` seconds in which nobody has held `users`."""
+def keep(place: Path, keeper: IO[str]) -> None:
+    """Start Ray, leave its address, and end it after `IDLE` seconds in which nobody has held `users`; then let go of
+    the keeper's lock, before that of `users`."""
     import ray
 
     faulthandler.dump_traceback_later(LONGEST_START, exit=True)  # Ray itself may wait for a worker forever
     for left in place.glob("ranks-*"):  # by ranks that were killed
         left.unlink()
-    with open(place / "users", "a") as users, forks(place):
+    with open(place / "users", "a") as users, keeper, forks(place):
         os.environ["PIXELGEN_FORKS"] = str(place / "forks")
         write_atomic(place / "address", start_ray().encode())
         faulthandler.cancel_dump_traceback_later()
@@ -178,8 +179,9 @@ def start_ray() -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        os.set_inheritable(int(sys.argv[2]), False)  # the lock of `start_keeper` is held by this process alone
-        keep(Path(sys.argv[1]))
+        with open(int(sys.argv[2])) as lock:
+            os.set_inheritable(lock.fileno(), False)  # it is held by this process alone
+            keep(Path(sys.argv[1]), lock)
     else:
         prepare()
         with joined():

@@ -1,5 +1,6 @@
 """The Ray of this machine that stages share: who joins it, what its workers are, where it listens, and how it ends."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -19,10 +20,10 @@ from pipeline import session
 session.prepare()
 session.IDLE = {IDLE}
 place = session.folder()
-with open(place / "keeper", "a") as keeper:
-    assert session.try_lock(keeper)
-    print(place, flush=True)
-    session.keep(place)
+keeper = open(place / "keeper", "a")
+assert session.try_lock(keeper)
+print(place, flush=True)
+session.keep(place, keeper)
 """
 STAGE = """
 import json, os, sys
@@ -128,6 +129,21 @@ def test_a_keeper_whose_starter_was_killed_is_waited_for(monkeypatch, tmp_path):
         session.start_keeper(place, lock)
     with session.joined() as address:
         assert address == "an address\n"
+
+
+def test_who_comes_when_a_session_ends_waits_until_nobody_keeps_it(monkeypatch, tmp_path):
+    class Keeper(contextlib.ExitStack):
+        def __exit__(self, *_):
+            with open(tmp_path / "users", "a") as users:
+                ended.append(session.try_lock(users))
+
+    ended = []
+    monkeypatch.setattr(session, "forks", contextlib.nullcontext)
+    monkeypatch.setattr(session, "start_ray", lambda: "an address")
+    monkeypatch.setattr(session, "IDLE", 0.1)
+    monkeypatch.setenv("PIXELGEN_FORKS", "")  # what it sets goes with the test
+    session.keep(tmp_path, Keeper())
+    assert ended == [False], "the lock of the users is held until the keeper's is free"
 
 
 def test_what_differs_from_stage_to_stage_makes_no_other_session(monkeypatch, tmp_path):
