@@ -4,9 +4,7 @@
 Importing this package loads nothing heavy: configuration can be checked before torch is.
 """
 
-from importlib.metadata import version
-
-__version__ = version("pixelgen")
+__version__ = "0.1.0"  # pyproject.toml reads it here: a checkout runs where it is not installed
 __all__ = ["PixelGen", "__version__"]
 
 

@@ -2,6 +2,10 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pixelgen
 
 WORKFLOW = ("ray", "dvc", "boto3", "gradio")
 
@@ -19,7 +23,6 @@ for name in names:
 NOTHING_HEAVY = """
 import sys
 import pixelgen, pixelgen.config, pixelgen.cli
-assert pixelgen.__version__
 loaded = {name.split(".")[0] for name in sys.modules}
 assert not loaded & {"torch", "numpy", "ray", "dvc", "boto3", "gradio", "timm", "lpips"}, loaded
 try:
@@ -42,3 +45,11 @@ def test_every_module_imports_without_the_workflow():
 
 def test_the_package_itself_imports_nothing_heavy():
     run(NOTHING_HEAVY)
+
+
+def test_the_version_needs_no_installed_package(tmp_path):
+    """A checkout on a GPU machine without an index runs by its folder alone."""
+    (tmp_path / "pixelgen").symlink_to(Path(pixelgen.__file__).parent)
+    told = subprocess.check_output([sys.executable, "-I", "-S", "-c", "import sys; sys.path.insert(0, sys.argv[1]); "
+                                    "import pixelgen; print(pixelgen.__version__)", tmp_path], text=True).strip()
+    assert told == version("pixelgen")
