@@ -2,6 +2,9 @@
 # Both first create .venv from requirements.lock; that step is skipped while the lock is unchanged.
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
+PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps
+# As large as all the rest: pip unpacks one file at a time, so two of it run.
+LARGE := ^(torch|nvidia|triton)
 READY := .venv/installed-$(shell cat requirements.lock pyproject.toml | cksum | tr ' ' '-')
 export PATH := $(BIN):$(PATH)
 export RAY_USAGE_STATS_ENABLED := 0
@@ -25,7 +28,8 @@ $(READY): requirements.lock pyproject.toml
 	  VIRTUAL_ENV=.venv uv pip install --quiet --no-deps --no-build-isolation -e . ; \
 	else \
 	  $(PYTHON) -m venv .venv && \
-	  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r requirements.lock && \
-	  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . ; \
+	  grep -E '$(LARGE)' requirements.lock > .venv/large.txt && grep -vE '$(LARGE)' requirements.lock > .venv/rest.txt && \
+	  printf '%s\n' large rest | xargs -P 2 -I {} $(PIP) --no-compile -r .venv/{}.txt && \
+	  $(PIP) --no-build-isolation -e . ; \
 	fi
 	@rm -f .venv/installed-* && touch $@
