@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -234,17 +235,17 @@ def lane_batches(plan: Plan, lanes: Sequence[int], start: int, stop: int, device
     """
     import ray
 
-    windows, shared = [*plan.windows(start, stop)], ray.put(plan)  # sent once: a large dataset has a long plan
     task = ray.remote(num_cpus=0)(load_window)  # or it would wait for ever where the ranks take every processor
-    ahead = deque(task.remote(shared, lanes, step, stop) for step in windows[1:READ_AHEAD])
-    for number, step in enumerate(windows):
-        ahead.extend(task.remote(shared, lanes, later, stop)
-                     for later in windows[number + READ_AHEAD:number + READ_AHEAD + 1])
-        # the first is read right here: nothing else is to do yet, and a short training needs no task
-        columns = ray.get(ahead.popleft()) if number else load_window(plan, lanes, step, stop)
-        for first in range(0, len(columns["step"]), plan.lane_size * len(lanes)):
-            yield [_lane_batch({name: column[i:i + plan.lane_size] for name, column in columns.items()}, device, encode)
-                   for i in range(first, first + plan.lane_size * len(lanes), plan.lane_size)]
+    todo, shared = plan.windows(start, stop), ray.put(plan)  # sent once: a large dataset has a long plan
+    first = [*itertools.islice(todo, 1)]  # read right here: nothing else is to do yet
+    ahead = deque(task.remote(shared, lanes, step, stop) for step in itertools.islice(todo, READ_AHEAD))
+    while first or ahead:
+        columns = load_window(plan, lanes, first.pop(), stop) if first else ray.get(ahead.popleft())
+        ahead.extend(task.remote(shared, lanes, step, stop)
+                     for step in itertools.islice(todo, READ_AHEAD - len(ahead)))
+        for i in range(0, len(columns["step"]), plan.lane_size * len(lanes)):
+            yield [_lane_batch({name: column[j:j + plan.lane_size] for name, column in columns.items()}, device, encode)
+                   for j in range(i, i + plan.lane_size * len(lanes), plan.lane_size)]
 
 
 def _lane_batch(columns: dict[str, np.ndarray], device: torch.device,

@@ -20,8 +20,6 @@ import select
 import signal
 import socket
 import sys
-import traceback
-from typing import NoReturn
 
 LARGEST = 1 << 20  # bytes read at once
 PRELOADED = (
@@ -44,6 +42,7 @@ def serve(address: str) -> None:
         if os.fork() == 0:
             listener.close()
             take_the_place_of(caller)
+            return
         caller.close()
 
 
@@ -59,8 +58,8 @@ def import_what_workers_need() -> None:
     gc.freeze()  # or every fork's collector would go through all that, and copy its pages
 
 
-def take_the_place_of(caller: socket.socket) -> NoReturn:
-    """In a fork: run what the caller was called with, as if the caller did, and end."""
+def take_the_place_of(caller: socket.socket) -> None:
+    """In a fork: run what the caller was called with, as if the caller did."""
     data, descriptors, _, _ = socket.recv_fds(caller, LARGEST, 3)
     while not data.endswith(b"\n"):
         data += caller.recv(LARGEST)
@@ -71,21 +70,14 @@ def take_the_place_of(caller: socket.socket) -> NoReturn:
     caller.close()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     atexit._clear()  # of the server's libraries; Ray registers its own
+    # Called last: to take apart what was imported would cost each fork half a second. Nobody sees its exit status.
+    atexit.register(os._exit, 0)
     os.environ.clear()
     os.environ.update(called["environment"])
     os.chdir(called["directory"])
     sys.argv = called["arguments"]
     sys.path[:] = [os.path.dirname(sys.argv[0]), *os.environ["PYTHONPATH"].split(os.pathsep), *sys.path]
-    status = 1
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    atexit._run_exitfuncs()
-    os._exit(status)  # to take apart what was imported would cost each fork half a second
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def become(arguments: list[str]) -> None:

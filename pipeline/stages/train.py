@@ -166,7 +166,6 @@ def train_rank(config: dict[str, Run]) -> None:
     if rank == 0:
         # a killed run's rank 0 may take seconds to die
         with lease(run.directory / "writer.lease", patience=120), on_disk(run.directory):
-            check_room(state, params.fit, run.directory)
             fit_rank(run, state, objective, text, lanes, device, writes=True)
     else:
         fit_rank(run, state, objective, text, lanes, device, writes=False)
@@ -175,6 +174,8 @@ def train_rank(config: dict[str, Run]) -> None:
 def fit_rank(run: Run, state: TrainState, objective: Objective, text: TextEncoder | None, lanes: range,
              device: torch.device, writes: bool) -> None:
     params = run.params
+    if writes:
+        check_room(state, params.fit, run.directory)
     newest = [run.checkpoints.newest() if writes else None]
     if dist.is_initialized():
         dist.broadcast_object_list(newest)  # rank 0 decides, once it holds the lease

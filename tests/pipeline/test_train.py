@@ -64,8 +64,12 @@ def test_checkpoints_that_will_not_fit_are_noticed_before_training(params, monke
     one = 12 * stage.count(state.model) + 4 * stage.count(state.model.denoiser)
     assert state.model.projector and 12 * stage.count(state.model.projector) < one
     free[0] = 3 * one - 1
-    with pytest.raises(StorageError, match=r"make room .*3 checkpoints of 0\.\d GB are to lie here.*0\.\d GB are free"):
+    with pytest.raises(StorageError, match=r"make room .*3 checkpoints of 0\.0 GB are to lie here.*0\.\d GB are free"):
         check(keep_checkpoints=2)
+    run = stage.Run(changed(params, keep_checkpoints=2), None, None, None, tmp_path, LocalStore(tmp_path),
+                    SimpleNamespace())
+    with pytest.raises(StorageError, match="make room"):
+        stage.fit_rank(run, state, goal, None, range(2), torch.device("cpu"), writes=True)
     free[0] = 3 * one
     check(keep_checkpoints=2)
     with pytest.raises(StorageError, match="5 checkpoints"):

@@ -23,6 +23,7 @@ for name in names:
 NOTHING_HEAVY = """
 import sys
 import pixelgen, pixelgen.config, pixelgen.cli
+assert pixelgen.__version__
 loaded = {name.split(".")[0] for name in sys.modules}
 assert not loaded & {"torch", "numpy", "ray", "dvc", "boto3", "gradio", "timm", "lpips"}, loaded
 try:
