@@ -35,7 +35,9 @@ def content(value):
 
 
 def rank_0(workspace):
-    return int((workspace.run_directory("train") / "writer.lease").read_text().split()[0])
+    """Its process id; None where one is just taking over."""
+    noted = (workspace.run_directory("train") / "writer.lease").read_text().split()
+    return int(noted[0]) if noted else None
 
 
 def newest(workspace):

@@ -104,6 +104,7 @@ class Workspace:
     def started(self, command, cluster="local"):
         """A running command; whatever is left of it and its children at the end is killed."""
         log = self.path / f"printed-{time.monotonic_ns()}"
+        before = psutil.pids()  # another stage may be at work
         with open(log, "wb") as file:
             popen = psutil.Popen(command, cwd=self.path, env=environment(self.path) | {"PIXELGEN_CLUSTER": cluster},
                                  stdout=file, stderr=subprocess.STDOUT)
@@ -111,7 +112,7 @@ class Workspace:
         try:
             yield process
         finally:
-            left = [*process.tree(), popen, *process.at_work()]
+            left = [*process.tree(), popen, *(one for one in process.at_work() if one.pid not in before)]
             for one in left:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     one.kill()
