@@ -29,6 +29,7 @@ CLUSTERS = Path("clusters")
 LONGEST_PART = 6 * 3600.0  # seconds: a part may be many images, a container large, a network still to be compiled
 ON_CPU = 2  # workers where the cluster file leaves it open and there is no GPU
 LONGEST_END = 10.0  # seconds for a thread that has been told to end
+THREADS = ("iter_threaded", "StreamingExecutor")  # of Ray Data, by their names
 
 
 @dataclass(frozen=True)
@@ -163,15 +164,15 @@ class Worker:
 
 @contextlib.contextmanager
 def outcomes(data: Any) -> Iterator[Iterator[dict[str, str]]]:
-    """The rows of a Ray Data dataset as each `attempt` ends, up to one that was stopped. Where the caller breaks off,
-    the threads that fetch them have ended too: one that asks Ray for more after Ray's end takes the process with it,
-    before it has said why."""
+    """The rows of a Ray Data dataset as each `attempt` ends, up to one that was stopped. If the caller stops early,
+    join Ray Data's threads: one that still asks Ray for something when Ray shuts down prints a traceback of its own, or
+    kills the process before its error is printed."""
     try:
         with contextlib.closing(iter(data.iter_rows())) as rows:
             yield map(check, rows)
     finally:
         for thread in threading.enumerate():
-            if thread.name == "iter_threaded":
+            if thread.name.startswith(THREADS):
                 thread.join(LONGEST_END)
 
 

@@ -127,9 +127,27 @@ class Stopped(SystemExit):
 
 
 def run_stage(main: Callable[[], None]) -> NoReturn:
-    """Run a stage's main, and end the process; what the user can mend, or Ray that fails, ends it with one clear line
-    instead of a traceback, also where a worker of Ray Train has met it. A bug ends it with its traceback, and the
-    worker's."""
+    """Run a stage's main, and end the process at once: to take torch and Ray apart would cost each stage another
+    second, and a thread of Ray Data may print what it makes of Ray's end after the stage's last line."""
+    status: Any = 0
+    try:
+        run_main(main)
+    except SystemExit as end:
+        status = end.code
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+            status = 1
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a stage's main. What the user can mend, or Ray that fails, becomes a SystemExit of one clear line, also where
+    a worker of Ray Train has met it. A bug keeps its traceback, and the worker's is printed."""
     signal.signal(signal.SIGTERM, _end)
     try:
         with on_disk(Path.cwd()):
@@ -149,9 +167,6 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
         for told in dict.fromkeys(str(origin) for origin in found if origin is not error):
             print(told, file=sys.stderr)  # the whole of what Ray has cut short in its own exception
         raise
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # all is written; to take torch and Ray apart would cost each stage another second
 
 
 def _end(*_: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from pipeline import cluster, session
-from pipeline.cluster import Cluster, attempt, check, connect, read_cluster, work_through
+from pipeline.cluster import THREADS, Cluster, attempt, check, connect, read_cluster, work_through
 from pipeline.store import StorageError
 from pixelgen.config import ConfigError
 from pixelgen.errors import UserError
@@ -97,7 +97,7 @@ def stop_early():
         return ask(refs)
 
     def shutdown():
-        left.extend(thread.name for thread in threading.enumerate() if thread.name == "iter_threaded")
+        left.extend(thread.name for thread in threading.enumerate() if thread.name.startswith(THREADS))
         end()
 
     util._calculate_ref_hits, ray.shutdown = ask_slowly, shutdown

@@ -129,7 +129,7 @@ def test_a_stage_ends_with_one_line_whatever_ray_has_wrapped_it_in(monkeypatch, 
         raise error
 
     with pytest.raises(SystemExit) as ended:
-        runs.run_stage(main)
+        runs.run_main(main)
     assert ended.value.code == line
 
 
@@ -141,8 +141,27 @@ def test_a_bug_keeps_its_traceback(error):
         raise error
 
     with pytest.raises(type(error)) as raised:
-        runs.run_stage(main)
+        runs.run_main(main)
     assert raised.value is error
+
+
+@pytest.mark.parametrize(("end", "status", "last"), [
+    ("pass", 0, ""),
+    ("raise ConfigError('no such key')", 1, "-c: no such key"),
+    ("raise ValueError('a bug')", 1, "ValueError: a bug"),
+    ("os.kill(os.getpid(), signal.SIGTERM)", 143, "stopped: finished work is kept, `dvc repro` goes on from there"),
+])
+def test_a_stage_ends_with_its_own_last_line(end, status, last):
+    program = f"""import atexit, os, signal
+from pipeline.runs import run_stage
+from pixelgen.config import ConfigError
+def main():
+    atexit.register(print, "what Ray finds when it is taken apart")
+    {end}
+run_stage(main)"""
+    done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True)
+    assert (done.returncode, done.stderr.strip().rpartition("\n")[2], done.stdout) == (status, last, "")
+    assert ("Traceback" in done.stderr) == ("bug" in end)
 
 
 @runs.whole_tracebacks()
@@ -162,7 +181,7 @@ def test_a_bug_in_a_worker_is_shown_once_with_its_whole_traceback(capsys):
         raise WorkerGroupError("cut short", failures)
 
     with pytest.raises(WorkerGroupError):
-        runs.run_stage(main)
+        runs.run_main(main)
     printed = capsys.readouterr().err
     assert printed.count("in rank\n") == printed.count("ValueError: zip() argument 2 is shorter than argument 1") == 1
 

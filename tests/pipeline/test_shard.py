@@ -285,7 +285,7 @@ def test_what_is_wrong_is_said_before_anything_is_made(stage, tmp_path, monkeypa
 
 def test_a_mistake_ends_the_command_with_one_line(stage, tmp_path):
     with pytest.raises(SystemExit, match=f"^shard: {tmp_path}/nowhere: No such file or directory; [^\n]*$"):
-        runs.run_stage(lambda: stage(folder_params(tmp_path / "nowhere")))
+        runs.run_main(lambda: stage(folder_params(tmp_path / "nowhere")))
 
 
 def test_a_full_disk_is_noticed_before_ray_starts(tmp_path, monkeypatch):
