@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 import os
+import re
 import signal
 import threading
 import traceback
@@ -28,6 +29,7 @@ from pixelgen.errors import UserError
 CLUSTERS = Path("clusters")
 LONGEST_PART = 6 * 3600.0  # seconds: a part may be many images, a container large, a network still to be compiled
 ON_CPU = 2  # workers where the cluster file leaves it open and there is no GPU
+READERS = r"self|(processes|tasks)\([1-9][0-9]*\)"
 LONGEST_END = 10.0  # seconds for a thread that has been told to end
 THREADS = ("iter_threaded", "StreamingExecutor")  # of Ray Data, by their names
 
@@ -42,6 +44,9 @@ class Cluster:
     gpus_per_worker: float | None  # null: 1 where this machine has GPUs
     threads_per_worker: int  # of torch; part of bit-exactness on the CPU
     max_failures: int  # worker failures that training recovers from by itself
+    # Who decodes images for each rank: itself (self), processes(N) beside it, or tasks(N) of Ray anywhere; null: itself
+    # on a CPU, and beside a GPU of this machine its share of the CPUs
+    readers: str | None
 
     def __post_init__(self) -> None:
         require(self.address is None or None not in (self.workers, self.gpus_per_worker), "workers and "
@@ -50,6 +55,10 @@ class Cluster:
         require(self.threads_per_worker >= 1, f"threads_per_worker {self.threads_per_worker} must be at least 1")
         require(self.cpus_per_worker >= 0 and (self.gpus_per_worker or 0) >= 0, "resources must not be negative")
         require(self.max_failures >= 0, "max_failures must not be negative")
+        require(self.readers is None or re.fullmatch(READERS, self.readers) is not None, f"readers {self.readers!r}: "
+                "expected self, processes(N) or tasks(N) with a whole number N of at least 1, or null")
+        require(self.address is None or self.readers is not None, "readers: null means this machine's processors; "
+                "state them for the cluster at an address")
 
     @property
     def gpus(self) -> float:
@@ -64,6 +73,15 @@ class Cluster:
     def resources(self) -> dict[str, float]:
         """Of each worker, by Ray's names."""
         return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus} if self.gpus else {})
+
+    @property
+    def reading(self) -> tuple[str, int]:
+        """Who decodes images for each rank, and how many of them."""
+        if self.readers is None:
+            share = (os.cpu_count() or 1) // self.actors - self.threads_per_worker
+            return ("processes", max(share, 1)) if self.gpus else ("self", 0)
+        kind, _, count = self.readers.rstrip(")").partition("(")
+        return kind, int(count or 0)
 
     @property
     def actors(self) -> int:

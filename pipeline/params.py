@@ -20,6 +20,7 @@ from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
 from pipeline.store import valid_root
 from pixelgen.config import (
+    CaptionConfig,
     ConfigError,
     DenoiserConfig,
     FitConfig,
@@ -185,23 +186,11 @@ class DenoiserParams:
 
 
 @dataclass(frozen=True)
-class TextParams:
-    """How a caption becomes the prompt that an image is trained with."""
-
-    prefix_probability: float  # of putting "A photo of" or the like before a short caption
-    short_words: int  # a caption of at most so many words is short
-
-    def __post_init__(self) -> None:
-        require(0 <= self.prefix_probability <= 1, f"prefix_probability {self.prefix_probability} must lie in [0, 1]")
-        require(self.short_words >= 0, f"short_words {self.short_words} must not be negative")
-
-
-@dataclass(frozen=True)
 class TrainParams:
     dataset: str
     mixture: dict[str, float] | None  # source of the dataset -> weight; null: all, in proportion to their images
     init: str  # a key of train, whose weights and averaged weights training starts from; none: fresh ones
-    text: TextParams | None  # null: the dataset has labels
+    text: CaptionConfig | None  # null: the dataset has labels
     denoiser: DenoiserParams
     objective: ObjectiveConfig
     optimizer: OptimizerConfig

@@ -23,9 +23,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.store import LocalStore, StorageError, Store, open_store, preflight, write_atomic
+from pixelgen.files import read_range
+
+if TYPE_CHECKING:
+    from pixelgen.data.shards import Split
 
 MANIFEST = "manifest.json"
 MANIFESTS, OBJECTS = "manifests", "objects"  # under the root
@@ -142,10 +146,15 @@ class Artifact:
     def __getitem__(self, fact: str) -> Any:
         return self.manifest[fact]
 
-    def location(self, entry: Mapping[str, Any]) -> str:
-        """Of a file: a path, or the uri of an object."""
+    def file(self, entry: Mapping[str, Any]) -> "StoredFile":
         root = self.manifest["root"]
-        return f"{root}/{object_name(entry['sha256'])}" if root else str(self.directory / entry["path"])
+        return StoredFile(f"{root}/{object_name(entry['sha256'])}" if root else str(self.directory / entry["path"]))
+
+    def split(self, name: str, source: str | None = None, size: int | None = None) -> "Split":
+        """A split of a dataset, as `pixelgen.data.shards.open_split` finds it."""
+        from pixelgen.data.shards import open_split  # pyarrow is for those stages that read shards
+
+        return open_split(self.manifest, self.file, name, source, size, f"delete {self.directory} and run `dvc repro`")
 
     def local(self) -> Path:
         """A directory on this machine with all the files, every one of them checked; under a root, they are fetched
@@ -222,23 +231,21 @@ def read_sealed(store: Store, name: str) -> bytes:
     return data
 
 
-def read_location(location: str) -> bytes:
-    """The content of a file of an artifact, whatever it is. FileNotFoundError if there is none."""
-    root, _, name = location.rpartition(f"/{OBJECTS}/") if location.startswith("s3://") else ("", "", "")
-    return open_store(root).read(f"{OBJECTS}/{name}") if root else Path(location).read_bytes()
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of an artifact: a path, or the uri of an object."""
 
+    location: str
 
-def read_bytes(location: str, digest: str) -> bytes:
-    """The content of a file of an artifact, by its location and sha256. StorageError if it is not that."""
-    try:
-        data = read_location(location)
-    except FileNotFoundError:
-        raise StorageError(f"{location} is in the manifest but not there: delete the output it belongs to and run "
-                           "`dvc repro`") from None
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise StorageError(f"{location} is not the file that the manifest describes (sha256 differs): delete it and "
-                           "the output it belongs to, and run `dvc repro`")
-    return data
+    def __str__(self) -> str:
+        return self.location
+
+    def read(self, start: int = 0, stop: int | None = None) -> bytes:
+        """The bytes from `start` to `stop` (None: the end), whatever they are. FileNotFoundError if there is none."""
+        if not self.location.startswith("s3://"):
+            return read_range(Path(self.location), start, stop)
+        root, _, name = self.location.rpartition(f"/{OBJECTS}/")
+        return open_store(root).read(f"{OBJECTS}/{name}", start, stop)
 
 
 def read_manifest(directory: Path, kind: str | None) -> dict[str, Any]:

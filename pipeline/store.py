@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any, ClassVar, Protocol
 
 from pixelgen.errors import UserError
-from pixelgen.files import atomic
+from pixelgen.files import atomic, read_range
 
 PART = 64 << 20  # bytes of a part of a large object; S3 allows 10,000 of them
 ATTEMPTS = 8  # at every request, with a growing pause between them
@@ -37,6 +37,7 @@ REMEDIES = {
     "SignatureDoesNotMatch": "the secret is wrong: check AWS_SECRET_ACCESS_KEY",
     "ExpiredToken": "the credentials have expired: renew them and run again, finished work is kept",
     "InvalidToken": "the credentials are not valid there: check AWS_SESSION_TOKEN",
+    "InvalidRange": "it is shorter than what was written: `python -m pipeline.verify` lists what is damaged",
     "RequestTimeTooSkewed": "the clock of this machine is wrong: synchronise it",
     "SlowDown": f"it stayed overloaded for {ATTEMPTS} attempts: run again later, finished work is kept",
 }
@@ -65,8 +66,8 @@ class Store(Protocol):
     def write(self, name: str, source: bytes | Path) -> None:
         """Store bytes, or the content of a file, under a name."""
 
-    def read(self, name: str) -> bytes:
-        """The bytes of a name. FileNotFoundError if there is none."""
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """The bytes of a name, from `start` to `stop` (None: the end). FileNotFoundError if there is none."""
 
     def fetch(self, name: str, target: Path) -> None:
         """Write the bytes of a name to a local file. FileNotFoundError if there is none."""
@@ -140,8 +141,8 @@ class LocalStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, source if isinstance(source, bytes) else source.read_bytes())
 
-    def read(self, name: str) -> bytes:
-        return (self.directory / name).read_bytes()
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        return read_range(self.directory / name, start, stop)
 
     def fetch(self, name: str, target: Path) -> None:
         write_atomic(target, self.read(name))
@@ -212,26 +213,27 @@ class S3Store:
                 parts.append({"PartNumber": number, "ETag": sent[number]})
         client().complete_multipart_upload(**where, MultipartUpload={"Parts": parts})
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         sink = io.BytesIO()
-        self._stream(name, sink)
+        self._stream(name, sink, start, stop)
         return sink.getvalue()
 
     def fetch(self, name: str, target: Path) -> None:
         with on_disk(target), atomic(target) as file:
             self._stream(name, file)
 
-    def _stream(self, name: str, sink: IO[bytes]) -> None:
-        """Receive an object; where a connection breaks off, the next attempt goes on. It is given up after so many in a
-        row that have brought nothing."""
+    def _stream(self, name: str, sink: IO[bytes], start: int = 0, stop: int | None = None) -> None:
+        """Receive an object, or a part of it; where a connection breaks off, the next attempt goes on. It is given up
+        after so many in a row that have brought nothing."""
         from botocore.exceptions import HTTPClientError, IncompleteReadError
 
         with explained(self.uri(name)):
             failures, reached = 0, 0
             while True:
-                begin = {"Range": f"bytes={sink.tell()}-"} if sink.tell() else {}
+                first, last = start + sink.tell(), "" if stop is None else stop - 1
+                part = {"Range": f"bytes={first}-{last}"} if first or stop is not None else {}
                 try:
-                    body = client().get_object(Bucket=self.bucket, Key=self.key(name), **begin)["Body"]
+                    body = client().get_object(Bucket=self.bucket, Key=self.key(name), **part)["Body"]
                     for chunk in body.iter_chunks(1 << 20):
                         sink.write(chunk)
                     return

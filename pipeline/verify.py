@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from pipeline.params import read_params
 from pipeline.runs import RUNS, in_use
-from pipeline.storage import MANIFEST, MANIFESTS, OBJECTS, Storage, object_name, read_location
+from pipeline.storage import MANIFEST, MANIFESTS, OBJECTS, Storage, StoredFile, object_name
 from pipeline.store import LocalStore, S3Store, StorageError, on_disk, open_store
 from pixelgen.errors import UserError
 
@@ -116,7 +116,7 @@ def compare(found: Found, location: str, entry: dict[str, Any], sizes: bool, siz
         found.problems.append(f"missing: {location} ({entry['path']}, {entry['size']} bytes)")
     elif size != entry["size"]:
         found.problems.append(f"changed: {location} ({entry['path']}) has {size} bytes instead of {entry['size']}")
-    elif not sizes and hashlib.sha256(read_location(location)).hexdigest() != entry["sha256"]:
+    elif not sizes and hashlib.sha256(StoredFile(location).read()).hexdigest() != entry["sha256"]:
         found.problems.append(f"changed: {location} ({entry['path']}) has other content")
 
 

@@ -222,6 +222,18 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class CaptionConfig:
+    """How a caption becomes the prompt that an image is trained with (`pixelgen.data.captions`)."""
+
+    prefix_probability: float  # of putting "A photo of" or the like before a short caption
+    short_words: int  # a caption of at most so many words is short
+
+    def __post_init__(self) -> None:
+        require(0 <= self.prefix_probability <= 1, f"prefix_probability {self.prefix_probability} must lie in [0, 1]")
+        require(self.short_words >= 0, f"short_words {self.short_words} must not be negative")
+
+
+@dataclass(frozen=True)
 class FitConfig:
     """The training loop (`pixelgen.train.fit`).
 

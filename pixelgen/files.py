@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and files that are read in parts."""
 
 import contextlib
 import os
@@ -22,3 +22,10 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         partial.unlink(missing_ok=True)  # on a full disk it would take the room that is left
         raise
+
+
+def read_range(path: Path, start: int = 0, stop: int | None = None) -> bytes:
+    """The bytes of a file from `start` to `stop` (None: its end)."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(-1 if stop is None else stop - start)

@@ -1,4 +1,4 @@
-"""What a task of the shard stage does: one unit of work -> shards of `batches.SCHEMA`, and a report on them.
+"""What a task of the shard stage does: one unit of work -> shards (`pixelgen.data.shards`), and a report on them.
 
 Shards are apart for each split and each stored size. Memory is bounded by about one shard for each of these, however
 large a container is; so its rows are shuffled within a shard, in the order of the container from shard to shard.
@@ -14,11 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from PIL import Image
 
-from pipeline.batches import SCHEMA
 from pipeline.datasets import (
     Listed,
     Rejected,
@@ -34,6 +31,7 @@ from pipeline.datasets import (
 )
 from pipeline.params import DatasetParams
 from pipeline.storage import Storage, read_sealed, write_sealed
+from pixelgen.data.shards import encode_shard, pieces
 from pixelgen.images import adm_crop, plain_crop
 
 SOURCES: dict[str, Source] = {  # by format
@@ -76,8 +74,10 @@ def write_job(job: Job, data: DatasetParams, storage: Storage, run: Path) -> str
         if job.task.shuffle:
             order = np.random.default_rng([data.seed, zlib.crc32(name.encode())]).permutation(len(bucket))
             bucket = [bucket[i] for i in order]
-        kept = storage.keep(run / "shards", name, encoded(bucket))
+        written = encode_shard(bucket)
+        kept = storage.keep(run / "shards", name, written)
         report["shards"].append({"split": split, "pixels": size, "rows": len(bucket), "file": kept,
+                                 "pieces": [*map(list, pieces(written))],
                                  "labels": [row["label"] for row in bucket]})
 
     for key, load in SOURCES[source.format].read(data, source, job.task):
@@ -104,13 +104,6 @@ def write_job(job: Job, data: DatasetParams, storage: Storage, run: Path) -> str
         flush(split, size)
     write_sealed(storage.run(run), f"reports/{job.name}.json", json.dumps(report).encode())
     return job.name
-
-
-def encoded(rows: list[dict[str, Any]]) -> bytes:
-    """The Parquet file of a shard."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), sink, compression="none", use_dictionary=False)
-    return bytes(sink.getvalue().to_pybytes())
 
 
 def read_report(storage: Storage, run: Path, name: str) -> Report | None:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.batches import Split, open_split, read_images
 from pipeline.cluster import Cluster, read_cluster, work_through
 from pipeline.datasets import scenes
 from pipeline.judges import GeometricDetector, load_extractor, load_judges
@@ -23,6 +22,7 @@ from pipeline.runs import lease, run_directory, run_stage
 from pipeline.storage import Artifact, Storage, fresh_directory, read_sealed, write_json, write_sealed
 from pipeline.store import Store
 from pixelgen.config import require
+from pixelgen.data.shards import Split, read_images
 from pixelgen.encoders.text import load_text_encoder
 from pixelgen.generate import PixelGen
 from pixelgen.metrics.colors import NAME as CLIP_NAME
@@ -95,7 +95,7 @@ def fid(whole: Params, params: EvaluateParams, storage: Storage, samples: Artifa
     folder = samples.local()
     images, labels = load_samples(folder / "samples.npz"), np.load(folder / "labels.npy", allow_pickle=False)
     train = whole.train[whole.sample[params.sample].model]
-    heldout = open_split(storage.open(DATA / train.dataset, "dataset"), "heldout") if params.baselines else None
+    heldout = storage.open(DATA / train.dataset, "dataset").split("heldout") if params.baselines else None
     counts = {f"sample {params.sample}": len(images)}
     if reference.images is not None:
         counts[f"reference {params.reference}"] = len(reference.images)

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.batches import Split, open_split, read_images
 from pipeline.cluster import read_cluster
 from pipeline.judges import load_extractor
 from pipeline.params import read_params, stage_params
 from pipeline.runs import run_stage
 from pipeline.storage import Storage, fresh_directory
 from pixelgen.config import ConfigError, require
+from pixelgen.data.shards import Split, read_images
 from pixelgen.errors import UserError
 from pixelgen.metrics import fid
 
@@ -35,7 +35,7 @@ def main() -> None:
     extractor = load_extractor(params.extractor, weights, torch.device(cluster.device))
     if params.npz is None:
         dataset = storage.open(SHARDS / params.dataset, "dataset")
-        split = open_split(dataset, "train")
+        split = dataset.split("train")
         require(split.total > 1, f"dataset {params.dataset} has {split.total} training image: no covariance is of one")
         reference = statistics(extractor, split, params.images, params.batch_size)
     else:

@@ -1,4 +1,4 @@
-"""shard: the sources of a dataset -> Parquet shards of `batches.SCHEMA`.
+"""shard: the sources of a dataset -> shards (`pixelgen.data.shards`).
 
 Images are decoded, cropped and encoded by Ray Data tasks (`pipeline.datasets.work`), one for each unit of work: some
 listed images, or a container of many. What cannot be used is listed with its reason in quarantine.jsonl; what is
@@ -18,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.batches import SCHEMA
 from pipeline.cluster import Cluster, attempt, connect, outcomes, ray_data, read_cluster
 from pipeline.datasets import SPLITS, DatasetError
 from pipeline.datasets.work import SOURCES, Job, Report, read_report, write_job
@@ -26,6 +25,7 @@ from pipeline.params import DatasetParams, read_params, stage_params
 from pipeline.runs import lease, run_directory, run_stage
 from pipeline.storage import Storage, fresh_directory
 from pipeline.store import StorageError, write_atomic
+from pixelgen.data.shards import SCHEMA
 
 OUT = Path("out/shard")
 SHARE = {"png": 0.75, "jpeg": 0.25}  # what an encoded photograph takes of its raw bytes
@@ -147,7 +147,8 @@ def summary(reports: list[Report], classes: list[str] | None) -> dict[str, Any]:
         shards = sorted((s for r in reports for s in r["shards"] if s["split"] == split),
                         key=lambda s: str(s["file"]["path"]))
         labels = Counter(label for shard in shards for label in shard["labels"])
-        named = [{"path": s["file"]["path"], "rows": s["rows"], "size": s["pixels"]} for s in shards]
+        named = [{"path": s["file"]["path"], "rows": s["rows"], "size": s["pixels"], "pieces": s["pieces"]}
+                 for s in shards]
         splits[split] = {"shards": named,
                          "rows": sum(shard["rows"] for shard in shards),
                          "per_class": classes and [labels[number] for number in range(len(classes))]}

@@ -19,22 +19,24 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from pipeline.batches import Plan, Source, first_captions, lane_batches, open_split
 from pipeline.checkpoints import NOTES, Checkpoints, writing
 from pipeline.cluster import Cluster, connect, read_cluster
 from pipeline.params import NONE, TrainParams, read_params, stage_params
+from pipeline.readers import readers
 from pipeline.runs import Stopped, lease, run_directory, run_stage, whole_tracebacks
 from pipeline.storage import Artifact, Storage, fresh_directory
 from pipeline.store import StorageError, Store, on_disk, write_atomic
 from pixelgen.checkpoint import export, load_state, read_state, start_from
 from pixelgen.config import CHANGEABLE, DenoiserConfig, FitConfig, ObjectiveConfig, require
+from pixelgen.data.feed import Plan, Source, lane_batches
+from pixelgen.data.shards import first_captions
 from pixelgen.encoders.dino import load_dino
 from pixelgen.encoders.lpips import load_lpips
 from pixelgen.encoders.text import TextEncoder, load_text_encoder
 from pixelgen.generate import PixelGen
 from pixelgen.images import grid
 from pixelgen.objective import Objective
-from pixelgen.train import NonFiniteError, TrainState, create_state, fit
+from pixelgen.train import LaneBatch, NonFiniteError, TrainState, create_state, fit
 
 WEIGHTS, DATA, OUT = Path("out/weights"), Path("out/shard"), Path("out/train")
 GRID_COLUMNS, GRID_IMAGES = 10, 50
@@ -84,7 +86,7 @@ def prepare(key: str, params: TrainParams, storage: Storage, cluster: Cluster) -
     if params.denoiser.num_classes is not None:
         require(len(data["classes"]) <= params.denoiser.num_classes, f"denoiser.num_classes "
                 f"{params.denoiser.num_classes}: dataset {params.dataset} has {len(data['classes'])} classes")
-    plan_of(params, data).check()
+    plan_of(params, data).order.check()
     start = None if params.init == NONE else storage.open(OUT / params.init / "model", "model")
     for artifact in (weights, start):
         if artifact and artifact["root"] is None:
@@ -104,7 +106,7 @@ def trajectory(params: TrainParams) -> dict:
 def plan_of(params: TrainParams, data: Artifact) -> Plan:
     """The order of training: of the sources in the mixture, those shards whose images are large enough."""
     described, size = data["sources"], params.denoiser.image_size
-    splits = {name: open_split(data, "train", name, size) for name in params.mixture or described}
+    splits = {name: data.split("train", name, size) for name in params.mixture or described}
     weights = params.mixture or {name: split.total for name, split in splits.items()}
     sources = tuple(Source(split, weights[name], tuple((described[name]["captions"] or {}).values()))
                     for name, split in splits.items())
@@ -183,7 +185,14 @@ def fit_rank(run: Run, state: TrainState, objective: Objective, text: TextEncode
         load_state(state, run.checkpoints.path(newest[0]) if writes else run.checkpoints.local(newest[0]))
     elif run.start is not None:
         start_from(state, run.start.local())
-    batches = lane_batches(plan_of(params, run.data), lanes, state.step, params.fit.steps, device, text)
+    with readers(run.cluster) as executor:
+        batches = lane_batches(plan_of(params, run.data), lanes, state.step, params.fit.steps, device, text, executor)
+        fit_with(run, state, batches, objective, text, writes)
+
+
+def fit_with(run: Run, state: TrainState, batches: Iterator[list[LaneBatch]], objective: Objective,
+             text: TextEncoder | None, writes: bool) -> None:
+    params = run.params
     if not writes:
         with contextlib.suppress(NonFiniteError):  # rank 0, which stops at the same step, tells of it
             fit(state, batches, objective, params.optimizer, params.fit, ignore, ignore, ignore)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline import session
-from pipeline.batches import PREFIXES
 from pipeline.cluster import read_cluster
 from pipeline.datasets import scenes
 from pipeline.datasets.digits import digits
@@ -28,6 +27,7 @@ from pipeline.params import WeightsParams, read_params
 from pipeline.runs import run_stage
 from pipeline.storage import Storage, fresh_directory, sha256, write_json
 from pipeline.store import StorageError
+from pixelgen.data.captions import PREFIXES
 from pixelgen.encoders import inception
 from pixelgen.encoders.dino import PATCH, load_dino
 from pixelgen.encoders.lpips import load_lpips

@@ -37,7 +37,8 @@ def join(workspace, name, address):
     """Add a cluster file `name` to a workspace: that of this machine, but for a Ray that runs at an address."""
     (workspace / f"clusters/{name}.yaml").write_text(
         (ROOT / "clusters/local.yaml").read_text().replace("address: null", f"address: {address}")
-        .replace("workers: null", "workers: 2").replace("gpus_per_worker: null", "gpus_per_worker: 0"))
+        .replace("workers: null", "workers: 2").replace("gpus_per_worker: null", "gpus_per_worker: 0")
+        .replace("readers: null", "readers: tasks(2)"))
 
 
 def edit(workspace, change):

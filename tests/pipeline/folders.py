@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.batches import open_split
 from pipeline.params import DatasetParams, SourceParams
 from pipeline.storage import Storage
 
@@ -156,4 +155,4 @@ def pairs(*numbers: int) -> list[tuple[str, bytes]]:
 
 def split_of(directory, *which, **of):
     """A split of the dataset that lies in `directory`."""
-    return open_split(Storage(None).open(directory, "dataset"), *which, **of)
+    return Storage(None).open(directory, "dataset").split(*which, **of)

@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from pipeline import cluster, session
-from pipeline.cluster import THREADS, Cluster, attempt, check, connect, read_cluster, work_through
+from pipeline.cluster import Cluster, attempt, check, connect, read_cluster, work_through
 from pipeline.store import StorageError
 from pixelgen.config import ConfigError
 from pixelgen.errors import UserError
@@ -25,7 +25,7 @@ def test_without_an_address_no_other_ray_is_joined(monkeypatch, address, given):
     monkeypatch.setattr(ray, "init", lambda address, **options: seen.append(address) or contextlib.nullcontext())
     monkeypatch.setattr(session, "joined", lambda: contextlib.nullcontext("ours:1"))
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    with connect(Cluster(address, 1, 1.0, 0.0, 1, 0)):
+    with connect(Cluster(address, 1, 1.0, 0.0, 1, 0, "self")):
         assert seen == [given]
 
 
@@ -41,13 +41,31 @@ def test_the_local_cluster_is_what_the_machine_has(monkeypatch, gpus, lanes, ran
 
 def test_what_a_cluster_file_states_is_taken_at_its_word(monkeypatch):
     monkeypatch.setattr(cluster, "visible_gpus", lambda: 8)
-    stated = Cluster(None, 3, 1.0, 0.0, 1, 0)
+    stated = Cluster(None, 3, 1.0, 0.0, 1, 0, None)
     assert (stated.ranks(6), stated.device, stated.actors) == (3, "cpu", 3)
     with pytest.raises(ConfigError, match="fit.lanes 8 cannot be shared out evenly among 3 workers"):
         stated.ranks(8)
     for workers, gpus in ((None, 1.0), (1, None)):
         with pytest.raises(ConfigError, match="null means those of this machine"):
-            Cluster("auto", workers, 1.0, gpus, 1, 0)
+            Cluster("auto", workers, 1.0, gpus, 1, 0, "self")
+
+
+@pytest.mark.parametrize(("readers", "gpus", "reading"), [
+    ("self", 8, ("self", 0)), ("processes(3)", 0, ("processes", 3)), ("tasks(12)", 0, ("tasks", 12)),
+    (None, 0, ("self", 0)), (None, 2, ("processes", 16 // 2 - 3)), (None, 16, ("processes", 1))])
+def test_who_decodes(monkeypatch, readers, gpus, reading):
+    monkeypatch.setattr(cluster, "visible_gpus", lambda: gpus)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert Cluster(None, None, 1.0, None, 3, 0, readers).reading == reading
+
+
+@pytest.mark.parametrize(("address", "readers", "told"), [
+    (None, "ray(3)", r"readers 'ray.3.': expected self, processes.N. or tasks.N."),
+    (None, "tasks(0)", "whole number N of at least 1"),
+    ("auto", None, "readers: null means this machine's processors")])
+def test_readers_are_what_they_can_be(address, readers, told):
+    with pytest.raises(ConfigError, match=told):
+        Cluster(address, 1, 1.0, 1.0, 1, 0, readers)
 
 
 def passed_on(work):
@@ -97,12 +115,13 @@ def stop_early():
         return ask(refs)
 
     def shutdown():
-        left.extend(thread.name for thread in threading.enumerate() if thread.name.startswith(THREADS))
+        left.extend(thread.name for thread in threading.enumerate() if thread.name == "iter_threaded")
         end()
 
     util._calculate_ref_hits, ray.shutdown = ask_slowly, shutdown
     try:
-        work_through([{"name": f"part {i}"} for i in range(6)], Refuse, (), Cluster(None, 1, 1.0, 0.0, 1, 0), "test")
+        work_through([{"name": f"part {i}"} for i in range(6)], Refuse, (), Cluster(None, 1, 1.0, 0.0, 1, 0, None),
+                     "test")
     except StorageError as error:
         print(f"{error}; fetched {len(asked)}; left behind: {left}")
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.batches import Split, read_images
 from pipeline.datasets import work
 from pipeline.params import ReferenceParams, StorageParams
 from pipeline.stages import reference
-from pipeline.storage import Storage, read_manifest
+from pipeline.storage import Artifact, Storage, read_manifest
 from pipeline.store import StorageError
 from pixelgen.config import ConfigError
+from pixelgen.data.shards import LocalFile, Shard, ShardError, Split, read_images
 from pixelgen.metrics import fid
 from tests.pipeline.folders import SIZE, folder_params, make_plain, make_run, only, split_of
 
@@ -112,7 +112,7 @@ def test_batch_size_changes_nothing_but_rounding(stage):
 
 
 def test_a_single_image_has_no_statistics(stage, monkeypatch):
-    monkeypatch.setattr(reference, "open_split", lambda *_: Split(("a",), (1,), ("",)))
+    monkeypatch.setattr(Artifact, "split", lambda *_: Split((Shard(LocalFile("a"), 1, ""),)))
     with pytest.raises(ConfigError, match="dataset plain has 1 training image"):
         stage(PARAMS)
 
@@ -145,14 +145,14 @@ def test_a_published_reference_that_cannot_be_read_is_refused(stage, content, me
 
 
 def test_altered_or_missing_shards_are_refused(stage):
-    path = Path(split_of(Path("out/shard/plain"), "train").paths[1])
+    path = Path(str(split_of(Path("out/shard/plain"), "train").shards[1].file))
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(StorageError, match=f"{path.name} is not the file"):
+    with pytest.raises(ShardError, match=f"{path.name} is not what the manifest describes"):
         stage(PARAMS)
     path.unlink()
-    with pytest.raises(StorageError, match=f"{path.name} is in the manifest but not there"):
+    with pytest.raises(ShardError, match=f"{path.name} is in the manifest but not there"):
         stage(PARAMS)
     Path("out/shard/plain/manifest.json").unlink()
     with pytest.raises(StorageError, match=r"plain is missing or unfinished .*dvc repro"):

@@ -106,7 +106,7 @@ def test_the_supervisor_is_the_dvc_above(tmp_path):
 
 
 def task_error(cause):
-    return RayTaskError("load_window", "Traceback ...", cause).as_instanceof_cause()
+    return RayTaskError("decode_images", "Traceback ...", cause).as_instanceof_cause()
 
 
 @pytest.mark.parametrize(("error", "line"), [

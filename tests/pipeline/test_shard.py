@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from PIL import Image, JpegImagePlugin
 
 from pipeline import runs
-from pipeline.batches import SCHEMA, read_images
 from pipeline.datasets import DatasetError, Item, Task, deal, digits, image_folder
 from pipeline.datasets.work import Job, read_report, write_job
 from pipeline.params import SourceParams
@@ -24,6 +23,7 @@ from pipeline.stages import shard
 from pipeline.storage import Storage, check_file, describe
 from pipeline.store import StorageError
 from pixelgen.config import ConfigError
+from pixelgen.data.shards import SCHEMA, pieces, read_images
 from pixelgen.images import adm_crop, plain_crop
 from tests.pipeline.folders import (
     SIZE,
@@ -103,7 +103,8 @@ def test_a_shard_holds_the_crops_and_the_report_the_rest(hostile, tmp_path):
         assert np.array_equal(image, adm_crop(image_folder.load(*only(params), item).image, SIZE))
     report = read_report(Storage(None), run, "image_folder-00000")
     assert report["shards"] == [{"split": "train", "pixels": SIZE, "rows": len(good) + 1,
-                                 "file": describe(path, path.name), "labels": table["label"].to_pylist()}]
+                                 "file": describe(path, path.name), "labels": table["label"].to_pylist(),
+                                 "pieces": [[*piece] for piece in pieces(path.read_bytes())]}]
     assert report["enlarged"] == 1 and report["skipped"] == report["captions_cut"] == 0
     assert {key for key, _ in report["rejected"]} == {f"image_folder/mixed/{name}" for name in bad}
 

@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.batches import Plan, Source, lane_batches, load_window
 from pipeline.cluster import connect, read_cluster
 from pipeline.datasets.work import write_job
-from pipeline.params import TextParams, read_params
+from pipeline.params import read_params
+from pipeline.readers import RayTasks
 from pipeline.stages import shard
 from pipeline.storage import Storage, read_manifest
+from pixelgen.config import CaptionConfig
+from pixelgen.data.executors import InProcess, processes
+from pixelgen.data.feed import Plan, Source, lane_batches
 from tests.e2e.workspace import join
 from tests.pipeline.folders import SIZE, make_plain, make_run, make_tar, pairs, split_of
 
@@ -149,24 +152,20 @@ def test_a_run_killed_in_the_middle_goes_on_and_ends_as_an_undisturbed_one(sessi
 
 @pytest.mark.parametrize("start", [0, 21])
 @pytest.mark.parametrize("data", ["plain", "tars"])
-def test_ray_hands_a_rank_its_lanes_in_the_order_of_the_plan(session, start, data):
-    text = TextParams(0.5, 5) if data == "tars" else None
-    split = split_of(Path(f"out/shard/{data}"), "train")
-    plan = Plan((Source(split, captions=(1.0,)),), SIZE, seed=1, batch_size=4, lanes=4, text=text)
-    lanes, stop, seen = [2, 3], 40, []
-    for step in plan.windows(start, stop):
-        columns = load_window(plan, lanes, step, stop)
-        seen += list(zip(*(columns[name].tolist() for name in ("step", "lane", "key", "condition")), columns["image"],
-                         strict=True))
+def test_whoever_decodes_a_rank_gets_the_same(session, start, data):
+    text = CaptionConfig(0.5, 5) if data == "tars" else None
+    plan = Plan((Source(split_of(Path(f"out/shard/{data}"), "train"), captions=(1.0,)),), SIZE, seed=1, batch_size=4,
+                lanes=4, text=text)
 
     def encode(prompts):
         return torch.tensor([[float(zlib.crc32(p.encode()))] for p in prompts])
 
-    got = list(lane_batches(plan, lanes, start, stop, torch.device("cpu"), encode if text else None))
-    assert [[(b.step, b.lane) for b in rank] for rank in got] == [[(s, 2), (s, 3)] for s in range(start, stop)]
-    rows = [(b.step, b.lane, key, condition, image) for rank in got for b in rank
-            for key, condition, image in zip(b.keys, b.condition, b.images.permute(0, 2, 3, 1).numpy(), strict=True)]
-    assert [row[:3] for row in rows] == [row[:3] for row in seen]
-    assert [row[3].tolist() for row in rows] == [
-        encode([row[3]])[0].tolist() if text else row[3] for row in seen]
-    assert all(np.array_equal(one[4], other[4]) for one, other in zip(rows, seen, strict=True))
+    def found(executor):
+        steps = lane_batches(plan, [2, 3], start, 40, torch.device("cpu"), encode if text else None, executor)
+        return [[(b.step, b.lane, b.keys, b.images.tolist(), b.condition.tolist()) for b in step] for step in steps]
+
+    here = found(InProcess())
+    assert [[batch[:2] for batch in step] for step in here] == [[(s, 2), (s, 3)] for s in range(start, 40)]
+    assert found(RayTasks(2)) == here
+    with processes(2) as executor:
+        assert found(executor) == here

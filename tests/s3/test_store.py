@@ -15,9 +15,13 @@ from pipeline import store as store_module
 from pipeline import verify as verify_module
 from pipeline.checkpoints import Checkpoints, writing
 from pipeline.runs import lease
-from pipeline.storage import MANIFEST, Storage, fresh_directory, read_bytes, read_sealed, write_sealed
+from pipeline.storage import MANIFEST, Storage, fresh_directory, read_sealed, write_sealed
 from pipeline.store import LocalStore, S3Store, StorageError, open_store, preflight, valid_root
 from pixelgen.checkpoint import read_state
+from pixelgen.data.feed import Plan, Source, read_rows
+from pixelgen.data.order import WINDOW
+from pixelgen.data.shards import encode_shard, pieces
+from pixelgen.errors import UserError
 from tests.s3.proxy import Answer, error, flip_bit, hold, lose_answer, reset, reset_in_body, truncate
 
 MEGABYTE = 1 << 20
@@ -77,6 +81,22 @@ def test_a_passing_failure_is_overcome(root, faults, method, fault):
     store.write("name", b"content")
     assert store.read("name") == b"content" and store.sizes() == {"before": 1000, "name": 7}
     assert faults.count(method) >= 4
+
+
+def test_a_part_is_read_and_nothing_else(store):
+    store.write("name", bytes(range(100)))
+    assert store.read("name", 20, 70) == bytes(range(20, 70)) and store.read("name", 90) == bytes(range(90, 100))
+    assert store.read("name", 0, 1) == b"\0"
+
+
+@pytest.mark.parametrize("fault", [truncate, reset_in_body])
+@pytest.mark.parametrize("part", [(0, None), (MEGABYTE, None), (MEGABYTE, 2 * MEGABYTE)])
+def test_a_broken_part_is_gone_on_with(root, faults, fault, part):
+    store, content = open_store(root), os.urandom(3 * MEGABYTE)
+    store.write("large", content)
+    faults.add(fault, method="GET", path="/large", times=2)
+    assert store.read("large", *part) == content[slice(*part)]
+    assert faults.count("GET", "/large") == 3
 
 
 @pytest.mark.parametrize("fault", [truncate, reset_in_body])
@@ -232,7 +252,7 @@ def test_only_the_manifest_comes_back(root, published):
     assert (folder / "a.bin").read_bytes() == b"first" and (folder / "deep/b.bin").read_bytes() == b"second"
     assert artifact["steps"] == 7
     for entry in artifact["files"]:
-        assert read_bytes(artifact.location(entry), entry["sha256"]) == (folder / entry["path"]).read_bytes()
+        assert artifact.file(entry).read() == (folder / entry["path"]).read_bytes()
 
 
 def test_what_is_there_is_neither_sent_nor_fetched_again(root, faults, published):
@@ -282,11 +302,51 @@ def test_a_missing_or_changed_object_is_named(s3, root, published, damage):
     word = {"missing": "is not there, but a manifest's", "changed": "is not what its name says"}[damage]
     with pytest.raises(StorageError, match=rf"{word}.*pipeline\.verify"):
         artifact.local()
-    with pytest.raises(StorageError, match="dvc repro"):
-        read_bytes(artifact.location(entry), entry["sha256"])
     problems = verify_module.verify(Storage(root)).problems
     assert len(problems) == 1 and problems[0].startswith(damage) and entry["path"] in problems[0]
     assert verify_module.verify(Storage(root), sizes=True).problems == (problems if damage == "missing" else [])
+
+
+@pytest.fixture
+def dataset(root, tmp_path, monkeypatch):
+    """A dataset of 12 shards of 300 rows, under the root."""
+    monkeypatch.chdir(tmp_path)
+    folder, shards = fresh_directory(Path("out/shard/large")), []
+    for number in range(12):
+        data = encode_shard([{"key": f"{number}-{n}", "image": os.urandom(500), "label": n} for n in range(300)])
+        (folder / f"{number}.parquet").write_bytes(data)
+        shards.append({"path": f"{number}.parquet", "rows": 300, "size": 8, "pieces": pieces(data)})
+    Storage(root).publish(folder, "dataset", {}, sources={"all": {"splits": {"train": {"shards": shards}}}})
+    return Storage(root).open(folder, "dataset")
+
+
+@pytest.mark.parametrize("threads", [0, 4])
+def test_the_server_sends_hardly_more_than_the_rows_that_are_used(dataset, faults, threads):
+    """Each of 12 lanes has 300 rows, and takes 16 of them in each window."""
+    sent, split = [], dataset.split("train")
+
+    def count(exchange):
+        answer = exchange.forward()
+        sent.append(len(answer.body))
+        exchange.answer(answer)
+
+    faults.add(count, method="GET", path="objects/")
+    rows = [*read_rows(Plan((Source(split),), 8, 0, 12, 12), range(12), 0, 15 * WINDOW, threads)]
+    assert len({row.key for row in rows}) == len(rows) == 12 * 15 * WINDOW
+    of_a_row = sum(file["size"] for file in dataset["files"]) / split.total
+    assert 1 <= sum(sent) / (len(rows) * of_a_row) < 2
+
+
+@pytest.mark.parametrize(("fault", "told"), [
+    (flip_bit, "row group 2 of {}.* is not what the manifest describes .sha256 differs.: delete .*/out/shard/large"),
+    (error(404, "NoSuchKey"), "{}.* is in the manifest but not there: delete .*/out/shard/large and run `dvc repro`"),
+    (error(416, "InvalidRange"), "{}.*; it is shorter than what was written: `python -m pipeline.verify`")])
+def test_a_damaged_object_is_named_with_its_row_group(dataset, faults, fault, told, root):
+    split = dataset.split("train")
+    footer = split.footer(5)
+    faults.add(fault, method="GET", path="objects/")
+    with pytest.raises(UserError, match=told.format(root)):
+        split.read_group(5, 2, footer)
 
 
 def test_verify_finds_orphans_and_prunes_only_old_ones(root, published, monkeypatch, capsys):

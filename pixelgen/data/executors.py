@@ -1,0 +1,100 @@
+"""Where images are decoded for a rank: in its own process, or in some of their own. (On Ray: `pipeline.readers`.)"""
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+from pixelgen.errors import UserError
+
+SERVE = "from pixelgen.data.executors import serve; serve()"
+
+
+class Result(Protocol):
+    def result(self) -> Any:
+        """What a task returned, once it is done; raises what it raised."""
+
+
+class Executor(Protocol):
+    workers: int  # tasks that are done at the same time; 0: none but by the caller
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Result:
+        """Have a function of a module called."""
+
+
+class InProcess:
+    """Calls right here, when the result is asked for: a debugger can stop there."""
+
+    workers = 0
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Result:
+        return _Later(function, arguments)
+
+
+class _Later:
+    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]):
+        self.function, self.arguments = function, arguments
+
+    def result(self) -> Any:
+        return self.function(*self.arguments)
+
+
+class Processes:
+    """Calls in processes, each with a thread here that talks to it."""
+
+    def __init__(self, pool: ThreadPoolExecutor, free: list["subprocess.Popen[bytes]"]):
+        self.pool, self.free, self.workers = pool, free, len(free)
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> "Future[Any]":
+        return self.pool.submit(self._call, pickle.dumps((function, arguments)))
+
+    def _call(self, data: bytes) -> Any:
+        process = self.free.pop()
+        assert process.stdin and process.stdout
+        try:
+            process.stdin.write(data)
+            process.stdin.flush()
+            raised, value = pickle.load(process.stdout)
+        except (BrokenPipeError, EOFError, pickle.UnpicklingError):
+            raise UserError(f"process {process.pid}, which decodes images, was killed: if there was too little memory, "
+                            "let fewer of them work (readers)") from None
+        self.free.append(process)
+        if raised:
+            raise value
+        return value
+
+
+@contextmanager
+def processes(workers: int) -> Iterator[Processes]:
+    """An executor of so many processes, which end with the block, or with this process, however it ends."""
+    path = os.pathsep.join(filter(None, sys.path))
+    with ExitStack() as stack:
+        started = [stack.enter_context(subprocess.Popen([sys.executable, "-c", SERVE], stdin=subprocess.PIPE,
+                                                        stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path}))
+                   for _ in range(workers)]
+        pool = ThreadPoolExecutor(workers, "readers")
+        try:
+            yield Processes(pool, [*started])
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def serve() -> None:
+    """In such a process: do what standard input asks for, until it is closed."""
+    answers = sys.stdout.buffer
+    sys.stdout = sys.stderr  # whatever a library prints
+    while True:
+        try:
+            function, arguments = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            answer = (False, function(*arguments))
+        except Exception as error:
+            answer = (True, error)
+        pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
+        answers.flush()
