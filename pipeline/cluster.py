@@ -44,6 +44,7 @@ class Cluster:
     gpus_per_worker: float | None  # null: 1 where this machine has GPUs
     threads_per_worker: int  # of torch; part of bit-exactness on the CPU
     max_failures: int  # worker failures that training recovers from by itself
+    lanes_per_pass: int  # of a rank's lanes, how many share a forward pass: more take more memory
     # Who decodes images for each rank: itself (self), processes(N) beside it, or tasks(N) of Ray anywhere; null: itself
     # on a CPU, and beside a GPU of this machine its share of the CPUs
     readers: str | None
@@ -55,6 +56,7 @@ class Cluster:
         require(self.threads_per_worker >= 1, f"threads_per_worker {self.threads_per_worker} must be at least 1")
         require(self.cpus_per_worker >= 0 and (self.gpus_per_worker or 0) >= 0, "resources must not be negative")
         require(self.max_failures >= 0, "max_failures must not be negative")
+        require(self.lanes_per_pass >= 1, f"lanes_per_pass {self.lanes_per_pass} must be at least 1")
         require(self.readers is None or re.fullmatch(READERS, self.readers) is not None, f"readers {self.readers!r}: "
                 "expected self, processes(N) or tasks(N) with a whole number N of at least 1, or null")
         require(self.address is None or self.readers is not None, "readers: null means this machine's processors; "

@@ -237,9 +237,9 @@ class CaptionConfig:
 class FitConfig:
     """The training loop (`pixelgen.train.fit`).
 
-    The global batch is cut into `lanes` micro-batches. A lane is the unit of everything random: its samples, its
-    noise and its times depend on (seed, step, lane) only. Ranks share the lanes out evenly and accumulate over
-    theirs, so the same run can go on with another number of ranks.
+    The global batch is cut into `lanes`. A lane is the unit of everything random: its samples, its noise, its times
+    and what is dropped depend on (seed, step, lane) only, and gated losses are means over a lane. Ranks share the lanes
+    out evenly and accumulate over theirs, so the same run can go on with another number of ranks.
     """
 
     steps: int

@@ -1,10 +1,11 @@
-"""One micro-batch -> the total loss and its named terms (arXiv 2602.02493, equation of the full objective).
+"""Images of a few lanes -> the total loss of each and its named terms (arXiv 2602.02493, the full objective).
 
 L = L_FM + w_repa·L_REPA + w·(w_lpips·L_LPIPS + w_pdino·L_PDINO), where w is the adaptive balance kept in the
-training state. L_FM and L_REPA count every sample; the gated terms count the samples with t >= threshold only.
+training state. L_FM and L_REPA count every sample; the gated terms count the samples with t >= threshold only. Every
+term is a mean over the samples of its lane that count, so it does not matter which lanes are computed together.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from pixelgen.encoders.lpips import Lpips
 from pixelgen.losses import feature_distance, flow_matching
 from pixelgen.models.jit import JiT
 from pixelgen.models.jit_t2i import JiTText
+from pixelgen.models.layers import Masks
 from pixelgen.path import draw_time, interpolate
 
 REFERENCE_PATCH = 16  # denoiser patch at which LPIPS sees the images at their own size
@@ -24,15 +26,29 @@ REFERENCE_PATCH = 16  # denoiser patch at which LPIPS sees the images at their o
 
 @dataclass(frozen=True)
 class Draws:
-    """Everything random of one micro-batch: noise (B, 3, H, W), times (B,), conditions after dropout (B, ...)."""
+    """Everything random of some samples: noise (B, 3, H, W), times (B,), conditions after they were dropped (B, ...),
+    and the masks of the denoiser's dropout, of every block (B, ...)."""
 
     noise: Tensor
     t: Tensor
     condition: Tensor
+    dropout: Sequence[Masks] = ()
+
+
+def join(draws: Sequence[Draws]) -> Draws:
+    """The draws of several lanes as those of one batch."""
+    if len(draws) == 1:
+        return draws[0]
+    dropout = [tuple(None if masks[0] is None else torch.cat(masks) for masks in zip(*of_block, strict=True))
+               for of_block in zip(*(d.dropout for d in draws), strict=True)]
+    return Draws(torch.cat([d.noise for d in draws]), torch.cat([d.t for d in draws]),
+                 torch.cat([d.condition for d in draws]), dropout)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Losses:
+    """Each of them (lanes,)."""
+
     total: Tensor
     reconstruction: Tensor  # L_FM, the numerator of the balance
     perceptual: Tensor  # w_lpips·L_LPIPS + w_pdino·L_PDINO before the balance
@@ -40,7 +56,7 @@ class Losses:
 
 
 class Objective:
-    """The loss of one micro-batch. Networks that no term with weight needs may be None, and are never run."""
+    """The losses of some lanes. Networks that no term with weight needs may be None, and are never run."""
 
     def __init__(self, config: ObjectiveConfig, patch_size: int, null: Tensor, dino: Dino | None,
                  lpips: Lpips | None):
@@ -61,27 +77,28 @@ class Objective:
         start = self.config.balance_start
         return start is not None and step >= start and step % self.config.balance_every == 0
 
-    def draw(self, x: Tensor, condition: Tensor) -> Draws:
-        """Noise, times and dropped conditions from the default generators, which the training step has seeded."""
+    def draw(self, x: Tensor, condition: Tensor, draw_dropout: Callable[[int], Sequence[Masks]] = lambda _: ()
+             ) -> Draws:
+        """All that is random from the default generators, which the training step has seeded for a lane."""
         c = self.config
         noise = torch.randn_like(x)
         t = draw_time(torch.randn(len(x), device=x.device), c.time_mean, c.time_std, c.timeshift)
         drop = torch.rand(len(x), device=x.device) < c.condition_dropout
         drop = drop.view(-1, *([1] * (condition.ndim - 1)))
-        return Draws(noise, t, torch.where(drop, self.null, condition))
+        return Draws(noise, t, torch.where(drop, self.null, condition), draw_dropout(len(x)))
 
     def __call__(self, model: Callable[..., tuple[Tensor, Tensor | None]], x: Tensor, draws: Draws,
-                 percept_weight: float) -> Losses:
-        """`model(x_t, t, condition)` gives the predicted clean image and REPA's projected tokens (or None); `x` are
-        the clean images (B, 3, H, W) in [-1, 1]."""
+                 percept_weight: float, lanes: int = 1) -> Losses:
+        """`model(x_t, t, condition, dropout)` gives the predicted clean image and REPA's projected tokens (or None);
+        `x` are the clean images (B, 3, H, W) in [-1, 1], those of one lane after those of another."""
         c, t = self.config, draws.t
         x_t = interpolate(x, draws.noise, t)
-        prediction, projected = model(x_t, t, draws.condition)
+        prediction, projected = model(x_t, t, draws.condition, draws.dropout)
         prediction = prediction.float()
-        terms = {"fm": flow_matching(prediction, x, x_t, t).mean()}
+        terms = {"fm": lane_means(flow_matching(prediction, x, x_t, t), lanes)}
         passes = t >= c.gate_threshold
 
-        perceptual = torch.zeros((), device=x.device)
+        perceptual = torch.zeros(lanes, device=x.device)
         features: dict[int, Tensor] = {}
         if c.repa_weight or c.pdino_weight:
             assert self.dino is not None
@@ -91,14 +108,15 @@ class Objective:
                 features = self.dino(x, blocks)
         if c.repa_weight:
             assert projected is not None
-            terms["repa"] = feature_distance(projected, features[last]).mean()
+            terms["repa"] = lane_means(feature_distance(projected, features[last]), lanes)
         if c.lpips_weight:
             chosen = self._chosen("lpips", passes)
-            terms["lpips"] = mean_or_zero(self._lpips(prediction[chosen], x[chosen]))
+            terms["lpips"] = chosen_means(self._lpips(prediction[chosen], x[chosen]), chosen, len(x), lanes)
             perceptual = perceptual + c.lpips_weight * terms["lpips"]
         if c.pdino_weight:
             chosen = self._chosen("pdino", passes)
-            terms["pdino"] = mean_or_zero(self._pdino(prediction[chosen], features[c.pdino_block][chosen]))
+            distance = self._pdino(prediction[chosen], features[c.pdino_block][chosen])
+            terms["pdino"] = chosen_means(distance, chosen, len(x), lanes)
             perceptual = perceptual + c.pdino_weight * terms["pdino"]
 
         total = terms["fm"] + percept_weight * perceptual
@@ -128,13 +146,21 @@ class Objective:
         return feature_distance(self.dino(prediction, [block])[block], target)
 
 
-def mean_or_zero(values: Tensor) -> Tensor:
-    """Mean of (B,), 0 of none: a gate that no sample passes contributes nothing, and no NaN."""
-    return values.sum() / max(len(values), 1)
+def lane_means(values: Tensor, lanes: int) -> Tensor:
+    """(B,) -> (lanes,): the mean of each lane. One by one, so that a lane's is the same in any company."""
+    return torch.stack([of_lane.mean() for of_lane in values.chunk(lanes)])
+
+
+def chosen_means(values: Tensor, chosen: Tensor, count: int, lanes: int) -> Tensor:
+    """Values (n,) of the `chosen` of `count` samples -> (lanes,): the mean of each lane, 0 where it has none: a gate
+    that no sample passes contributes nothing, and no NaN."""
+    counts = torch.bincount(chosen // (count // lanes), minlength=lanes).tolist()
+    return torch.stack([of_lane.sum() / max(len(of_lane), 1) for of_lane in values.split(counts)])
 
 
 class WithProjector(nn.Module):
-    """Denoiser and REPA head as the one module that is trained: (x_t, t, condition) -> (clean image, projected).
+    """Denoiser and REPA head as the one module that is trained: (x_t, t, condition, dropout) -> (clean image,
+    projected).
 
     The head is three linear layers with SiLU on the tokens that enter block `feature_block`.
     """
@@ -143,8 +169,9 @@ class WithProjector(nn.Module):
         super().__init__()
         self.denoiser, self.projector, self.feature_block = denoiser, projector, feature_block
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, features = self.denoiser(x_t, t, condition, self.feature_block)
+    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor, dropout: Sequence[Masks] = ()
+                ) -> tuple[Tensor, Tensor | None]:
+        x, features = self.denoiser(x_t, t, condition, self.feature_block, dropout)
         return x, None if self.projector is None else self.projector(features)
 
 

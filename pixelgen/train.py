@@ -1,8 +1,9 @@
 """The training step and the loop around it: everything about training but where it runs.
 
-A rank trains on its lanes (see `FitConfig`), one micro-batch each, accumulates their gradients, and DDP averages them
-over ranks. Whatever is random is seeded by (seed, step, lane), so no generator state has to be saved, and a run that
-is stopped and resumed takes the very steps that an undisturbed run takes.
+A rank trains on its lanes (see `FitConfig`), a few in each forward pass, accumulates their gradients, and DDP averages
+them over ranks. Whatever is random is drawn for a lane by (seed, step, lane), so no generator state has to be saved,
+and a run that is stopped and resumed takes the very steps that an undisturbed run takes: to the bit if as many lanes
+go together, else but for rounding.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ from pixelgen.losses import balance_weight
 from pixelgen.models import build_denoiser
 from pixelgen.models.jit import JiT
 from pixelgen.models.jit_t2i import JiTText
-from pixelgen.objective import Losses, Objective, WithProjector, repa_projector
+from pixelgen.objective import Losses, Objective, WithProjector, join, repa_projector
 
 
 class NonFiniteError(UserError):
@@ -37,8 +38,8 @@ class NonFiniteError(UserError):
 
 @dataclass(frozen=True)
 class LaneBatch:
-    """The micro-batch of one lane at one step: keys of the samples, images (B, 3, H, W) uint8, and their conditions,
-    labels (B,) or text features (B, L, C)."""
+    """What one lane sees at one step: keys of the samples, images (B, 3, H, W) uint8, and their conditions, labels (B,)
+    or text features (B, L, C)."""
 
     step: int
     lane: int
@@ -89,7 +90,7 @@ def create_state(denoiser: DenoiserConfig | TextDenoiserConfig, objective: Objec
 
 
 def train_step(state: TrainState, model: nn.Module, lanes: Sequence[LaneBatch], objective: Objective,
-               optimizer: OptimizerConfig, config: FitConfig) -> dict[str, float]:
+               optimizer: OptimizerConfig, config: FitConfig, lanes_per_pass: int = 1) -> dict[str, float]:
     """One optimizer step on this rank's lanes; `model` is `state.model`, wrapped for the world it runs in.
 
     Returns the mean of every loss term over all lanes of all ranks, the norm of the gradient, and the perceptual
@@ -99,12 +100,12 @@ def train_step(state: TrainState, model: nn.Module, lanes: Sequence[LaneBatch], 
     if objective.balances_at(state.step):
         weight = refreshed_balance(state, lanes, objective, config)
     state.optimizer.zero_grad(set_to_none=True)
-    rows = []
-    for i, batch in enumerate(lanes):
-        with synchronised(model, last=i == len(lanes) - 1):
-            losses = lane_losses(model, state, batch, objective, config, weight)
-            (losses.total / len(lanes)).backward()
-        rows.append(torch.stack([losses.total, *losses.terms.values()]).detach())
+    rows: list[Tensor] = []
+    for together in shared_out(lanes, lanes_per_pass):
+        with synchronised(model, last=together[-1] is lanes[-1]):
+            losses = lane_losses(model, state, together, objective, config, weight)
+            (losses.total.sum() / len(lanes)).backward()
+        rows += torch.stack([losses.total, *losses.terms.values()], dim=1).detach()
     limit = math.inf if optimizer.clip is None else optimizer.clip
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), limit)
     means = mean_over_ranks(torch.cat([torch.stack(rows).mean(0), norm[None]])).tolist()
@@ -120,14 +121,22 @@ def train_step(state: TrainState, model: nn.Module, lanes: Sequence[LaneBatch], 
     return metrics
 
 
-def lane_losses(model: nn.Module, state: TrainState, batch: LaneBatch, objective: Objective, config: FitConfig,
-                percept_weight: float) -> Losses:
-    """The objective on one micro-batch. Noise, times, dropouts: the same whenever and wherever this is called."""
-    torch.manual_seed(lane_seed(config.seed, batch.step, batch.lane))
-    x = to_float(batch.images)
-    draws = objective.draw(x, batch.condition)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        return objective(model, x, draws, percept_weight)
+def shared_out(lanes: Sequence[LaneBatch], at_most: int) -> list[Sequence[LaneBatch]]:
+    """As few groups as have at most so many lanes each, and evenly to within one."""
+    count = -(-len(lanes) // at_most)
+    return [lanes[len(lanes) * i // count:len(lanes) * (i + 1) // count] for i in range(count)]
+
+
+def lane_losses(model: nn.Module, state: TrainState, lanes: Sequence[LaneBatch], objective: Objective,
+                config: FitConfig, percept_weight: float) -> Losses:
+    """The objective on some lanes in one forward pass. Noise, times, what is dropped: the same for a lane whenever,
+    wherever and with whichever others this is called."""
+    images, draws = [to_float(batch.images) for batch in lanes], []
+    for x, batch in zip(images, lanes, strict=True):
+        torch.manual_seed(lane_seed(config.seed, batch.step, batch.lane))
+        draws.append(objective.draw(x, batch.condition, state.model.denoiser.draw_dropout))
+    with torch.autocast(images[0].device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        return objective(model, torch.cat(images), join(draws), percept_weight, len(lanes))
 
 
 def lane_seed(seed: int, step: int, lane: int) -> int:
@@ -143,10 +152,11 @@ def refreshed_balance(state: TrainState, lanes: Sequence[LaneBatch], objective: 
     """
     weights = []
     for batch in lanes:
-        losses = lane_losses(state.model, state, batch, objective, config, state.percept_weight)
+        losses = lane_losses(state.model, state, [batch], objective, config, state.percept_weight)
         if not losses.perceptual.requires_grad:  # no sample passed the gate: this lane has no say
             continue
-        weights.append(balance_weight(losses.reconstruction, losses.perceptual, state.model.denoiser.output_weight))
+        weights.append(balance_weight(losses.reconstruction[0], losses.perceptual[0],
+                                      state.model.denoiser.output_weight))
     device = lanes[0].images.device
     total = torch.stack([*weights, torch.zeros((), device=device)]).sum()
     sums = mean_over_ranks(torch.stack([total, torch.tensor(float(len(weights)), device=device)]))
@@ -182,9 +192,9 @@ def suspects(lanes: Sequence[LaneBatch], rows: Sequence[Tensor]) -> dict[int, li
 def fit(state: TrainState, batches: Iterator[Sequence[LaneBatch]], objective: Objective, optimizer: OptimizerConfig,
         config: FitConfig, on_log: Callable[[dict[str, float]], None],
         on_checkpoint: Callable[[TrainState], None], on_grid: Callable[[TrainState], None],
-        stop: Callable[[], bool] = lambda: False) -> None:
+        stop: Callable[[], bool] = lambda: False, lanes_per_pass: int = 1) -> None:
     """Train until `config.steps`, or until `stop` is true on any rank: then all save and end after the same step.
-    `batches` yields this rank's lanes, beginning at `state.step`."""
+    `batches` yields this rank's lanes, beginning at `state.step`; at most `lanes_per_pass` go together."""
     if state.step >= config.steps:
         return
     model: nn.Module = state.model
@@ -200,7 +210,7 @@ def fit(state: TrainState, batches: Iterator[Sequence[LaneBatch]], objective: Ob
     started, first = time.perf_counter(), state.step
     for lanes in batches:
         assert all(b.step == state.step for b in lanes), f"batches out of step {state.step}: {[b.step for b in lanes]}"
-        metrics = train_step(state, model, lanes, objective, optimizer, config)
+        metrics = train_step(state, model, lanes, objective, optimizer, config, lanes_per_pass)
         done = state.step == config.steps
         if state.step % config.log_every == 0 or done:
             now = time.perf_counter()

@@ -195,7 +195,8 @@ def fit_with(run: Run, state: TrainState, batches: Iterator[list[LaneBatch]], ob
     params = run.params
     if not writes:
         with contextlib.suppress(NonFiniteError):  # rank 0, which stops at the same step, tells of it
-            fit(state, batches, objective, params.optimizer, params.fit, ignore, ignore, ignore)
+            fit(state, batches, objective, params.optimizer, params.fit, ignore, ignore, ignore,
+                lanes_per_pass=run.cluster.lanes_per_pass)
         return
     curve = Curve(run, state.step)
     with writing(run.checkpoints, params.fit.keep_checkpoints, params.fit.keep_every) as writer:
@@ -205,7 +206,7 @@ def fit_with(run: Run, state: TrainState, batches: Iterator[list[LaneBatch]], ob
 
         try:
             fit(state, batches, objective, params.optimizer, params.fit, curve.append, checkpoint,
-                lambda state: draw_grid(run, state, text), stop_requested(run))
+                lambda state: draw_grid(run, state, text), stop_requested(run), run.cluster.lanes_per_pass)
         except NonFiniteError as error:  # would come back after every restart: stop for good
             checkpoint(state)
             run.store.write(FAILURE, f"{error}. The state before it is kept in {run.checkpoints.path(state.step)}: to "

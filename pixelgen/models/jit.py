@@ -4,12 +4,16 @@ Shape legend: B batch, P patch size, G = image_size/P, N = G·G image tokens, K 
 d = D/h. Module names are those of the published checkpoints, so that their state dicts load as they are.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixelgen.config import DenoiserConfig
 from pixelgen.models.layers import (
+    Dropout,
+    Masks,
     RMSNorm,
     SwiGLU,
     TimestepEmbedder,
@@ -40,8 +44,8 @@ class JiT(nn.Module):
         self.in_context_posemb = nn.Parameter(torch.empty(1, c.in_context_len, c.width))
         self.register_buffer("pos_embed", position_table(c.width, grid)[None])
         middle = range(c.depth // 4, c.depth // 4 * 3)
-        self.blocks = nn.ModuleList(
-            Block(c.width, c.hidden, c.heads, c.dropout if i in middle else 0.0) for i in range(c.depth))
+        self.dropout = [c.dropout if i in middle else 0.0 for i in range(c.depth)]
+        self.blocks = nn.ModuleList(Block(c.width, c.hidden, c.heads, p) for p in self.dropout)
         self.final_layer = Head(c.width, c.patch_size)
 
         y, x = rotary_angles(head, torch.arange(grid), torch.arange(grid))
@@ -79,11 +83,25 @@ class JiT(nn.Module):
         for p in nn.ModuleList([*starts_at_zero, self.final_layer.linear]).parameters():
             nn.init.zeros_(p)
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor, feature_block: int | None = None
-                ) -> tuple[Tensor, Tensor | None]:
+    def draw_dropout(self, count: int) -> list[Masks]:
+        """Masks of every block for `count` samples, from the default generator."""
+        c, device = self.config, self.pos_embed.device
+        image = self.pos_embed.shape[1]
+
+        def mask(i: int, p: float, width: int) -> Tensor | None:
+            if p == 0:
+                return None
+            tokens = image + c.in_context_len * (i >= c.in_context_start)
+            return torch.empty(count, tokens, width, dtype=torch.bool, device=device).bernoulli_(1 - p)
+
+        return [(mask(i, p, c.width), mask(i, p, c.hidden)) for i, p in enumerate(self.dropout)]
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor, feature_block: int | None = None,
+                dropout: Sequence[Masks] = ()) -> tuple[Tensor, Tensor | None]:
         """Noisy images (B, 3, H, W), times (B,), labels (B,) -> clean images (B, 3, H, W) and features.
 
-        The features are the image tokens (B, N, D) that enter block `feature_block`, or None.
+        The features are the image tokens (B, N, D) that enter block `feature_block`, or None. `dropout`: what
+        `draw_dropout` gave; empty: no dropout.
         """
         c = self.config
         tokens = self.x_embedder(x_t) + self.pos_embed
@@ -99,7 +117,7 @@ class JiT(nn.Module):
                 tokens = torch.cat([class_tokens.to(tokens.dtype), tokens], dim=1)
                 context = c.in_context_len
                 cos, sin = self.rotary_context_cos, self.rotary_context_sin
-            tokens = block(tokens, condition, cos, sin)
+            tokens = block(tokens, condition, cos, sin, *(dropout[i] if dropout else ()))
         return self.final_layer(tokens[:, context:], condition), features
 
 
@@ -144,10 +162,12 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width, hidden, bias=True, dropout=dropout)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor, attn_mask: Tensor | None = None,
+                mlp_mask: Tensor | None = None) -> Tensor:
+        """The masks, (B, tokens, D) and (B, tokens, hidden), are those of dropout."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), cos, sin)
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), cos, sin, attn_mask)
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2), mlp_mask)
 
 
 class Attention(nn.Module):
@@ -160,12 +180,12 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(width // heads)
         self.k_norm = RMSNorm(width // heads)
         self.proj = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, h, N, d)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        return self.dropout(self.proj(attend(q, k, v)))
+        return self.dropout(self.proj(attend(q, k, v)), mask)
 
 
 class Head(nn.Module):

@@ -4,12 +4,15 @@ Shape legend: B batch, P patch size, G = image_size/P, N = G·G image tokens, L 
 h heads, d = D/h. Module names are those of the published checkpoints, so that their state dicts load as they are.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixelgen.config import TextDenoiserConfig
 from pixelgen.models.layers import (
+    Masks,
     RMSNorm,
     SwiGLU,
     TimestepEmbedder,
@@ -71,11 +74,15 @@ class JiTText(nn.Module):
         for p in nn.ModuleList([*starts_at_zero, self.final_layer.linear]).parameters():
             nn.init.zeros_(p)
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor, feature_block: int | None = None
-                ) -> tuple[Tensor, Tensor | None]:
+    def draw_dropout(self, count: int) -> list[Masks]:
+        """None: this denoiser has no dropout."""
+        return []
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor, feature_block: int | None = None,
+                dropout: Sequence[Masks] = ()) -> tuple[Tensor, Tensor | None]:
         """Noisy images (B, 3, H, W), times (B,), text features (B, L, C) -> clean images (B, 3, H, W) and features.
 
-        The features are the image tokens (B, N, D) that enter block `feature_block`, or None.
+        The features are the image tokens (B, N, D) that enter block `feature_block`, or None. `dropout` is empty.
         """
         condition = F.silu(self.t_embedder(t))
         text = self.y_embedder(y) + self.y_pos_embedding

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Masks = tuple[Tensor | None, Tensor | None]  # of a block's dropout, after its attention and in its MLP
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight over the last axis, computed in float32."""
@@ -25,6 +27,20 @@ class RMSNorm(nn.Module):
         return (y * self.weight).to(x.dtype)
 
 
+class Dropout(nn.Module):
+    """Zero where `mask` is False, and the rest 1 / (1 - p) times as large; without a mask, the identity.
+
+    Masks are drawn by who trains (`JiT.draw_dropout`), since each sample's must not depend on those beside it.
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return x if mask is None else x * mask / (1 - self.p)
+
+
 class SwiGLU(nn.Module):
     """w3(silu(a)·b) with (a, b) = w12(x)."""
 
@@ -32,11 +48,11 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.w12 = nn.Linear(width, 2 * hidden, bias=bias)
         self.w3 = nn.Linear(hidden, width, bias=bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         a, b = self.w12(x).chunk(2, dim=-1)
-        return self.w3(self.dropout(F.silu(a) * b))
+        return self.w3(self.dropout(F.silu(a) * b, mask))
 
 
 class TimestepEmbedder(nn.Module):

@@ -13,7 +13,7 @@ from pixelgen import path
 from pixelgen.config import FitConfig, ObjectiveConfig, OptimizerConfig
 from pixelgen.ema import ema_copy
 from pixelgen.losses import balance_weight
-from pixelgen.objective import Draws, Objective, repa_projector
+from pixelgen.objective import Draws, Losses, Objective, repa_projector
 from pixelgen.train import LaneBatch, TrainState, train_step
 from tests.parity.conftest import (
     assert_close,
@@ -79,7 +79,7 @@ class Recorded:
             self.projector = repa_projector(state["0.weight"].shape[1], len(state["4.bias"]), len(state["0.bias"]))
             self.projector.load_state_dict(state)
 
-    def model(self, x_t, t, condition):
+    def model(self, x_t, t, condition, dropout):
         assert_close(x_t, self.a["x_t"], 1e-5)
         projected = self.leaves["src_feat"]
         return self.leaves["pred_img"], projected if self.projector is None else self.projector(projected)
@@ -120,11 +120,12 @@ def run(case, gated, monkeypatch):
     objective = Objective(config, s["patch_size"], torch.tensor(0), networks, networks.lpips)
     draws = Draws(a["noise_draw"] * s["noise_scale"], a["t"], torch.zeros(len(a["t"]), dtype=torch.long))
     losses = objective(networks.model, a["x"], draws, r["percept_weight"])
-    losses.total.backward()
+    losses.total[0].backward()
     samples = range(len(a["t"]))
     counted = {name: [i for i in samples if a["passes_gate"][i] or name not in gated] for name in weights}
     assert networks.asked == {name: rows for name, rows in counted.items() if rows and weights[name]}
-    return losses, networks, a
+    return Losses(losses.total[0], losses.reconstruction[0], losses.perceptual[0],
+                  {name: values[0] for name, values in losses.terms.items()}), networks, a
 
 
 @each(CASES)
@@ -203,6 +204,9 @@ class ToyDenoiser(nn.Module):
 
     null_label = 0
 
+    def draw_dropout(self, count):
+        return ()
+
     def __init__(self, a, patch):
         super().__init__()
         self.hidden, self.bias, self.patch = a["hidden"], a["final_bias"], patch
@@ -217,7 +221,7 @@ class ToyModel(nn.Module):
         super().__init__()
         self.denoiser, self.a = denoiser, a
 
-    def forward(self, x_t, t, condition):
+    def forward(self, x_t, t, condition, dropout):
         prediction = self.denoiser(x_t, t, condition)
         assert_close(t, self.a["t"], 1e-6)
         assert_close(x_t, self.a["x_t"], 1e-5)
@@ -242,7 +246,7 @@ def toy_lpips(prediction, x):
 
 
 class FixedDraws(Objective):
-    def draw(self, x, condition):
+    def draw(self, x, condition, draw_dropout):
         return self.draws
 
 

@@ -25,7 +25,7 @@ def test_without_an_address_no_other_ray_is_joined(monkeypatch, address, given):
     monkeypatch.setattr(ray, "init", lambda address, **options: seen.append(address) or contextlib.nullcontext())
     monkeypatch.setattr(session, "joined", lambda: contextlib.nullcontext("ours:1"))
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    with connect(Cluster(address, 1, 1.0, 0.0, 1, 0, "self")):
+    with connect(Cluster(address, 1, 1.0, 0.0, 1, 0, 1, "self")):
         assert seen == [given]
 
 
@@ -41,13 +41,13 @@ def test_the_local_cluster_is_what_the_machine_has(monkeypatch, gpus, lanes, ran
 
 def test_what_a_cluster_file_states_is_taken_at_its_word(monkeypatch):
     monkeypatch.setattr(cluster, "visible_gpus", lambda: 8)
-    stated = Cluster(None, 3, 1.0, 0.0, 1, 0, None)
+    stated = Cluster(None, 3, 1.0, 0.0, 1, 0, 1, None)
     assert (stated.ranks(6), stated.device, stated.actors) == (3, "cpu", 3)
     with pytest.raises(ConfigError, match="fit.lanes 8 cannot be shared out evenly among 3 workers"):
         stated.ranks(8)
     for workers, gpus in ((None, 1.0), (1, None)):
         with pytest.raises(ConfigError, match="null means those of this machine"):
-            Cluster("auto", workers, 1.0, gpus, 1, 0, "self")
+            Cluster("auto", workers, 1.0, gpus, 1, 0, 1, "self")
 
 
 @pytest.mark.parametrize(("readers", "gpus", "reading"), [
@@ -56,7 +56,7 @@ def test_what_a_cluster_file_states_is_taken_at_its_word(monkeypatch):
 def test_who_decodes(monkeypatch, readers, gpus, reading):
     monkeypatch.setattr(cluster, "visible_gpus", lambda: gpus)
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    assert Cluster(None, None, 1.0, None, 3, 0, readers).reading == reading
+    assert Cluster(None, None, 1.0, None, 3, 0, 1, readers).reading == reading
 
 
 @pytest.mark.parametrize(("address", "readers", "told"), [
@@ -65,7 +65,7 @@ def test_who_decodes(monkeypatch, readers, gpus, reading):
     ("auto", None, "readers: null means this machine's processors")])
 def test_readers_are_what_they_can_be(address, readers, told):
     with pytest.raises(ConfigError, match=told):
-        Cluster(address, 1, 1.0, 1.0, 1, 0, readers)
+        Cluster(address, 1, 1.0, 1.0, 1, 0, 1, readers)
 
 
 def passed_on(work):
@@ -120,7 +120,7 @@ def stop_early():
 
     util._calculate_ref_hits, ray.shutdown = ask_slowly, shutdown
     try:
-        work_through([{"name": f"part {i}"} for i in range(6)], Refuse, (), Cluster(None, 1, 1.0, 0.0, 1, 0, None),
+        work_through([{"name": f"part {i}"} for i in range(6)], Refuse, (), Cluster(None, 1, 1.0, 0.0, 1, 0, 1, None),
                      "test")
     except StorageError as error:
         print(f"{error}; fetched {len(asked)}; left behind: {left}")

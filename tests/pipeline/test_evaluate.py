@@ -32,7 +32,7 @@ def touch(folder, word):
 
 def test_a_single_part_on_this_machine_needs_no_ray(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.cluster.connect", lambda cluster: pytest.fail("Ray was started"))
-    work_through([{"name": "a"}], touch, (tmp_path, "done"), Cluster(None, 2, 0.5, 0, 1, 0, None), "touch")
+    work_through([{"name": "a"}], touch, (tmp_path, "done"), Cluster(None, 2, 0.5, 0, 1, 0, 1, None), "touch")
     assert (tmp_path / "a").read_text() == "done"
 
 

@@ -57,7 +57,7 @@ def test_the_text_preset_holds_the_papers_settings():
         (256, 1536, 2e-4, (0.9, 0.95)), (512, 512, 1e-4, (0.9, 0.95)), (512, 512, 1e-5, (0.9, 0.999))]
     assert np.cumsum([t.fit.steps for t in chain]).tolist() == [200_000, 300_000, 360_000]
     assert all(t.optimizer.clip == 1.0 and t.fit.ema_decay == 0.9999 and t.denoiser.size == "XXL/16" for t in chain)
-    assert [t.fit.batch_size // t.fit.lanes for t in chain] == [64, 16, 16], "images of a GPU at a time"
+    assert [t.fit.batch_size // t.fit.lanes for t in chain] == [8, 8, 8]
     assert all(t.objective.repa_hidden is None for t in chain), "as wide as the denoiser"
     sampler = params.sample["geneval"].sampler
     assert (sampler.name, sampler.order, sampler.steps, sampler.guidance, sampler.timeshift) == (

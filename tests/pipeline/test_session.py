@@ -34,7 +34,7 @@ def look():
     import pipeline
     return [*before, pipeline.__file__, os.environ["SECRET"]]
 
-with connect(Cluster(None, 1, 1.0, 0.0, 1, 0, None)) as context:
+with connect(Cluster(None, 1, 1.0, 0.0, 1, 0, 1, None)) as context:
     import ray
     print(json.dumps([context.address_info["address"], *ray.get(ray.remote(num_cpus=0)(look).remote())]), flush=True)
     sys.stdin.read()

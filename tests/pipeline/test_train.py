@@ -47,7 +47,7 @@ def directory_of(params, monkeypatch, tmp_path):
         directory = fresh_directory(tmp_path / "out" / name)
         storage.publish(directory, "weights" if name == "weights" else "dataset", {}, classes=[*range(10)])
     monkeypatch.chdir(tmp_path)
-    return lambda params: stage.prepare("c2i", params, storage, Cluster(None, 1, 1.0, 0.0, 1, 0, None)).directory
+    return lambda params: stage.prepare("c2i", params, storage, Cluster(None, 1, 1.0, 0.0, 1, 0, 1, None)).directory
 
 
 def test_checkpoints_that_will_not_fit_are_noticed_before_training(params, monkeypatch, tmp_path):
@@ -113,7 +113,7 @@ def test_what_a_bad_number_stopped_goes_on_from_the_state_before_it(params, monk
                          torch.tensor(4), StandInDino(), lpips)
         state = create_state(tiny_config(), goal, params.optimizer, 0, torch.device("cpu"))
         run = stage.Run(params, None, None, None, tmp_path, LocalStore(tmp_path),
-                        Cluster(None, 1, 1.0, 0.0, 1, 0, None))
+                        Cluster(None, 1, 1.0, 0.0, 1, 0, 1, None))
         stage.fit_rank(run, state, goal, None, range(2), torch.device("cpu"), writes=True)
         return run.checkpoints.steps()
 

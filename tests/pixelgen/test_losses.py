@@ -14,7 +14,7 @@ from pixelgen.config import ConfigError, ObjectiveConfig
 from pixelgen.encoders.dino import MEAN, PATCH, STD, interpolate_positions, load_dino
 from pixelgen.encoders.lpips import load_lpips, unit
 from pixelgen.losses import balance_weight, feature_distance
-from pixelgen.objective import Draws, Objective, WithProjector, repa_projector
+from pixelgen.objective import Draws, Losses, Objective, WithProjector, join, repa_projector
 from tests.pixelgen.conftest import (
     StandInDino,
     some_images,
@@ -34,9 +34,15 @@ def run(t=TIMES, dino=None, lpips=stand_in_lpips, patch_size=16, percept_weight=
     objective = Objective(config, patch_size, NULL, StandInDino() if dino is None else dino, lpips)
     draws = Draws(some_images(4, seed=7), t, torch.zeros(4, dtype=torch.long))
     projected = some_images(4, seed=8)[:, 0, :4, :6]
-    losses = objective(lambda x_t, t, y: (prediction, projected), X, draws, percept_weight)
-    gradient, = torch.autograd.grad(losses.total, prediction)
-    return losses, gradient
+    losses = objective(lambda *_: (prediction, projected), X, draws, percept_weight)
+    gradient, = torch.autograd.grad(losses.total[0], prediction)
+    return of_lane(losses, 0), gradient
+
+
+def of_lane(losses, lane):
+    """The losses of one lane, as scalars."""
+    terms = {name: values[lane] for name, values in losses.terms.items()}
+    return Losses(losses.total[lane], losses.reconstruction[lane], losses.perceptual[lane], terms)
 
 
 def test_the_total_is_the_weighted_sum_of_its_terms():
@@ -46,7 +52,24 @@ def test_the_total_is_the_weighted_sum_of_its_terms():
     perceptual = 0.2 * terms["lpips"] + 0.3 * terms["pdino"]
     torch.testing.assert_close(losses.perceptual, perceptual)
     torch.testing.assert_close(losses.total, terms["fm"] + 0.5 * terms["repa"] + 1.7 * perceptual)
-    assert losses.reconstruction is terms["fm"]
+    assert torch.equal(losses.reconstruction, terms["fm"])
+
+
+@pytest.mark.parametrize("gated", [(), ("lpips",), ("lpips", "pdino")])
+def test_lanes_that_share_a_pass_have_the_losses_of_lanes_alone(gated):
+    """The first lane has two samples that pass the gate, the second none, the third one."""
+    objective = Objective(ObjectiveConfig(pdino_block=1, balance_start=None, gated=gated), 16, NULL, StandInDino(),
+                          stand_in_lpips)
+    x, model = some_images(9), tiny_denoiser(dropout=0.2)
+    t = torch.tensor([0.4, 0.1, 0.9, 0.1, 0.2, 0.0, 0.1, 0.3, 0.2])
+    projected = WithProjector(model, repa_projector(32, 6, 16), 1)
+    alone = [Draws(some_images(3, seed=lane), t[lane:][:3], torch.tensor([0, 1, 4]), model.draw_dropout(3))
+             for lane in (0, 3, 6)]
+    together = objective(projected, x, join(alone), 1.7, lanes=3)
+    for lane, draws in enumerate(alone):
+        expected = of_lane(objective(projected, x[3 * lane:][:3], draws, 1.7), 0)
+        torch.testing.assert_close(vars(of_lane(together, lane)), vars(expected))
+    assert (together.terms["lpips"][1] == 0) == ("lpips" in gated)
 
 
 def test_gated_terms_count_the_samples_that_pass():

@@ -10,6 +10,7 @@ from pixelgen.models import SIZES, denoiser_config
 from pixelgen.models.jit import JiT
 from pixelgen.models.jit_t2i import JiTText
 from pixelgen.models.layers import (
+    Dropout,
     RMSNorm,
     SwiGLU,
     position_table,
@@ -114,11 +115,29 @@ def test_dropout_is_in_the_middle_blocks_only(depth, middle):
         assert all(getattr(b, part).dropout.p in (0, 0.3) for b in model.blocks)
 
 
-def test_dropout_is_for_training_only():
-    model = tiny_denoiser(depth=4, dropout=0.3)
-    assert not torch.equal(model(X, T, Y)[0], model(X, T, Y)[0])
-    model.eval()
+def test_dropout_is_for_those_who_draw_its_masks():
+    model = tiny_denoiser(depth=4, dropout=0.3, in_context_start=2)
+    torch.manual_seed(0)
+    masks = model.draw_dropout(1000)
+    tokens, width, hidden = 4, model.config.width, model.config.hidden
+    assert [[m if m is None else (*m.shape,) for m in pair] for pair in masks] == [
+        [None, None], [(1000, tokens, width), (1000, tokens, hidden)],
+        [(1000, tokens + 2, width), (1000, tokens + 2, hidden)], [None, None]]
+    assert all(m.float().mean().item() == pytest.approx(0.7, abs=0.01) for pair in masks[1:3] for m in pair)
+    drawn = [[m if m is None else m[:len(X)] for m in pair] for pair in masks]
     assert torch.equal(model(X, T, Y)[0], model(X, T, Y)[0])
+    assert torch.equal(model(X, T, Y, dropout=drawn)[0], model(X, T, Y, dropout=drawn)[0])
+    assert not torch.allclose(model(X, T, Y, dropout=drawn)[0], model(X, T, Y)[0])
+    kept = [[m if m is None else torch.ones_like(m) for m in pair] for pair in drawn]
+    for block in model.blocks[1:3]:
+        block.attn.dropout.p = block.mlp.dropout.p = 0.0
+    torch.testing.assert_close(model(X, T, Y, dropout=kept)[0], model(X, T, Y)[0])
+
+
+def test_dropout_keeps_the_mean():
+    x, mask = torch.ones(100, 1000), torch.rand(100, 1000) < 0.7
+    dropped = Dropout(0.3)(x, mask)
+    assert torch.equal(dropped != 0, mask) and dropped.mean().item() == pytest.approx(1, abs=0.01)
 
 
 # --------------------------------------------------------------------------------------------------------- layers

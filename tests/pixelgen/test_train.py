@@ -23,6 +23,7 @@ from pixelgen.train import (
     create_state,
     fit,
     lane_seed,
+    shared_out,
     train_step,
 )
 from tests.pixelgen.conftest import (
@@ -72,23 +73,23 @@ def batches(start=0, lanes=range(4), white=()):
         yield [dataclasses.replace(b, images=b.images.fill_(255)) if (step, b.lane) in white else b for b in found]
 
 
-def train(state, steps, lanes=range(4), goal=None, white=(), **options):
-    """`fit` up to a step number -> what it logged."""
+def train(state, steps, lanes=range(4), goal=None, white=(), together=1, **options):
+    """`fit` up to a step number, so many lanes in a pass -> what it logged."""
     log = []
     config = fit_config(**{"steps": steps, "log_every": 1, **options})
-    fit(state, batches(state.step, lanes, white), goal or objective(), OPTIMIZER, config, log.append, ignore, ignore)
+    fit(state, batches(state.step, lanes, white), goal or objective(), OPTIMIZER, config, log.append, ignore, ignore,
+        lanes_per_pass=together)
     return [{k: v for k, v in entry.items() if k != "images_per_second"} for entry in log]
 
 
 def spoiled(damage, **options):
     """An objective whose LPIPS of white images is damaged: its `value` is NaN, or only its `gradient` infinite."""
     def lpips(images, targets):
-        distance = stand_in_lpips(images, targets)
-        if not (targets == 1).all():
-            return distance
+        distance, white = stand_in_lpips(images, targets), (targets == 1).flatten(1).all(1)
         if damage == "value":
-            return distance * math.nan
-        distance.register_hook(lambda gradient: gradient * math.inf)
+            return distance * torch.where(white, math.nan, 1.0)
+        if distance.requires_grad and white.any():
+            distance.register_hook(lambda gradient: torch.where(white, gradient * math.inf, gradient))
         return distance
 
     return objective(lpips, **{"gated": (), "gate_threshold": 0.0, **options})
@@ -144,6 +145,32 @@ def test_the_number_of_ranks_changes_nothing(tmp_path):
     assert first["state"]["percept_weight"] == second["state"]["percept_weight"] != 1
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     torch.testing.assert_close(first, train_three_steps(range(4)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("together", [2, 3, 4, 9])
+def test_lanes_that_share_a_pass_change_nothing_but_rounding(together):
+    alone, shared, again = fresh_state(), fresh_state(), fresh_state()
+    log = train(alone, 3)
+    assert alone.percept_weight != 1
+    found = train(shared, 3, together=together)
+    torch.testing.assert_close(found, log, rtol=1e-5, atol=1e-6)
+    assert_same_state(shared, alone, rtol=1e-4, atol=1e-5)
+    assert train(again, 3, together=together) == found, "equal groups, equal bits"
+    assert_same_state(again, shared)
+
+
+def test_lanes_are_shared_out_evenly():
+    lanes = [lane_batch(0, lane) for lane in range(7)]
+    for at_most, sizes in ((1, [1] * 7), (2, [1, 2, 2, 2]), (3, [2, 2, 3]), (4, [3, 4]), (7, [7]), (8, [7])):
+        groups = shared_out(lanes, at_most)
+        assert [len(group) for group in groups] == sizes
+        assert [batch.lane for group in groups for batch in group] == [*range(7)]
+
+
+@pytest.mark.parametrize("together", [2, 4])
+def test_a_sample_that_is_not_finite_is_named_whoever_is_computed_with_it(together):
+    with pytest.raises(NonFiniteError, match=r"loss, lpips, .* lane: {1: \['s2-1-0', 's2-1-1'\]}"):
+        train(fresh_state(), 4, goal=spoiled("value", balance_start=None), white=[(2, 1)], together=together)
 
 
 def resume_after_two_steps(lanes):
