@@ -43,9 +43,10 @@ class Checkpoints:
         found = (re.fullmatch(rf"{FOLDER}/step-(\d+)\.pt\.json", name) for name in self.store.sizes(f"{FOLDER}/"))
         return sorted(int(match[1]) for match in found if match)
 
-    def newest(self) -> int | None:
-        """The newest step whose checkpoint is intact, for rank 0 before others read any; None if there is none.
-        It is noted, and so are damaged ones, which are put aside: training ends at the same bits, a little later."""
+    def recover(self) -> int | None:
+        """Clear away what cannot be used -> the newest step whose checkpoint is intact; None if there is none. For rank
+        0, before others read any. The step is noted, and so are damaged checkpoints, which are put aside: training
+        ends at the same bits, a little later."""
         self.sweep()
         notes, found = "", None
         for step in reversed(self.steps()):
@@ -136,9 +137,20 @@ class Writer:
                     store.write(extra, content)
                 store.write(name, path)
             store.write(f"{name}.json", json.dumps(describe(path, name)).encode())
-            self.checkpoints.prune(self.keep, self.every)
+            self._prune()
         except BaseException as error:
             self.error = error
+
+
+    def _prune(self) -> None:
+        """What cannot be deleted now may be after the next checkpoint: no reason to stop a training."""
+        try:
+            self.checkpoints.prune(self.keep, self.every)
+        except (OSError, StorageError) as error:
+            store = self.checkpoints.store
+            with contextlib.suppress(OSError, StorageError):
+                before = store.read(NOTES) if store.size(NOTES) is not None else b""
+                store.write(NOTES, before + f"an old checkpoint stays, since it cannot be deleted: {error}\n".encode())
 
 
 @contextlib.contextmanager

@@ -95,6 +95,10 @@ class Cluster:
         """Of torch, where one process does what the workers would."""
         return self.threads_per_worker * self.actors
 
+    def here(self, workers: int) -> bool:
+        """Whether so many workers are this process: no Ray is worth starting for one on this machine."""
+        return self.address is None and workers == 1
+
     def ranks(self, lanes: int) -> int:
         """Workers that train: those of the file, which have to share out `lanes` evenly (ConfigError), or as many of
         this machine's as do."""
@@ -157,15 +161,18 @@ def ray_data() -> Any:
 def work_through(parts: list[dict[str, Any]], make: Callable[..., Callable[[dict[str, Any]], None]], arguments: tuple,
                  cluster: Cluster, what: str) -> None:
     """Let Ray Data actors, each a `make(*arguments)` on the cluster's device, be called with every part (plain data),
-    with a progress bar. A single part on this machine is done right here: no Ray is worth starting for it."""
-    if cluster.address is None and len(parts) == 1:
-        make(*arguments)(parts[0])
+    with a progress bar. What one worker on this machine does, this process does itself."""
+    workers = min(cluster.actors, len(parts))
+    if cluster.here(workers):
+        do = make(*arguments)
+        for part in tqdm(parts, desc=what, unit="part"):
+            do(part)
         return
     with connect(cluster):
         data = ray_data()
         rows = data.from_items([{"part": json.dumps(part)} for part in parts], override_num_blocks=len(parts))
         rows = rows.map(Worker, fn_constructor_args=(make, arguments),
-                        compute=data.ActorPoolStrategy(size=min(cluster.actors, len(parts))),
+                        compute=data.ActorPoolStrategy(size=workers),
                         num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus)
         with outcomes(rows) as done:
             for _ in tqdm(done, desc=what, unit="part", total=len(parts)):

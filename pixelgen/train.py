@@ -1,4 +1,4 @@
-"""The training step and the loop around it: everything about training but where it runs.
+"""The training step and the loop around it: everything about training but where it runs and what is kept of it.
 
 A rank trains on its lanes (see `FitConfig`), a few in each forward pass, accumulates their gradients, and DDP averages
 them over ranks. Whatever is random is drawn for a lane by (seed, step, lane), so no generator state has to be saved,
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -189,42 +190,54 @@ def suspects(lanes: Sequence[LaneBatch], rows: Sequence[Tensor]) -> dict[int, li
     return {lane: keys for lane, keys, finite in every if not finite} or {lane: keys for lane, keys, _ in every}
 
 
-def fit(state: TrainState, batches: Iterator[Sequence[LaneBatch]], objective: Objective, optimizer: OptimizerConfig,
-        config: FitConfig, on_log: Callable[[dict[str, float]], None],
-        on_checkpoint: Callable[[TrainState], None], on_grid: Callable[[TrainState], None],
-        stop: Callable[[], bool] = lambda: False, lanes_per_pass: int = 1) -> None:
-    """Train until `config.steps`, or until `stop` is true on any rank: then all save and end after the same step.
-    `batches` yields this rank's lanes, beginning at `state.step`; at most `lanes_per_pass` go together."""
+@dataclass(frozen=True)
+class Step:
+    """What a recorder learns of an optimizer step. The state is the one that trains on: who keeps it copies it."""
+
+    state: TrainState  # after the step
+    metrics: dict[str, float]
+    waited: float  # seconds for the batches
+    last: bool  # training ends with it: all steps are done, or somebody asked for a stop
+
+
+class Recorder(Protocol):
+    """Whatever is done about the steps beside taking them: curves, grids, checkpoints."""
+
+    def record(self, step: Step) -> None:
+        """Called after every step of its rank."""
+
+
+def train(state: TrainState, batches: Iterator[Sequence[LaneBatch]], objective: Objective, optimizer: OptimizerConfig,
+          config: FitConfig, stop: Callable[[], bool] = lambda: False, lanes_per_pass: int = 1) -> Iterator[Step]:
+    """The steps to `config.steps`, each taken when it is asked for. Where `stop` is true on any rank, all end after the
+    same step. `batches` yields this rank's lanes, beginning at `state.step`; at most `lanes_per_pass` go together."""
     if state.step >= config.steps:
         return
-    model: nn.Module = state.model
+    model, last = wrapped(state, objective, config), False
+    while not last:
+        began = time.perf_counter()
+        lanes = next(batches, None)
+        if lanes is None:
+            raise RuntimeError(f"the data ended at step {state.step} of {config.steps}")
+        waited = time.perf_counter() - began
+        assert all(b.step == state.step for b in lanes), f"batches out of step {state.step}: {[b.step for b in lanes]}"
+        metrics = train_step(state, model, lanes, objective, optimizer, config, lanes_per_pass)
+        last = state.step == config.steps or on_any_rank(stop(), lanes[0].images.device)
+        yield Step(state, metrics, waited, last)
+
+
+def wrapped(state: TrainState, objective: Objective, config: FitConfig) -> nn.Module:
+    """The model of a state, compiled if that is asked for, and for the world it runs in."""
     if config.compile:
         # the balance of gradients keeps the graph of a backward pass, which must not have given its buffers away
         functorch.donated_buffer = objective.config.balance_start is None
         state.model.denoiser.compile()
-    if world_size() > 1:
-        # Buffers are tables that never change. Gradients are put into other buckets after the first step, unless unused
-        # parameters are looked for: three ranks or more would then round otherwise after a resume than without one.
-        exact = state.model.denoiser.output_weight.device.type == "cpu"
-        model = DistributedDataParallel(state.model, broadcast_buffers=False, find_unused_parameters=exact)
-    started, first = time.perf_counter(), state.step
-    for lanes in batches:
-        assert all(b.step == state.step for b in lanes), f"batches out of step {state.step}: {[b.step for b in lanes]}"
-        metrics = train_step(state, model, lanes, objective, optimizer, config, lanes_per_pass)
-        done = state.step == config.steps
-        if state.step % config.log_every == 0 or done:
-            now = time.perf_counter()
-            rate = (state.step - first) * config.batch_size / (now - started)
-            on_log({"step": state.step, **metrics, "skipped": state.skipped, "images_per_second": rate})
-            started, first = now, state.step
-        if config.grid_every and (state.step % config.grid_every == 0 or done):
-            on_grid(state)
-        stopped = not done and on_any_rank(stop(), lanes[0].images.device)
-        if state.step % config.checkpoint_every == 0 or done or stopped:
-            on_checkpoint(state)
-        if done or stopped:
-            return
-    raise RuntimeError(f"the data ended at step {state.step} of {config.steps}")
+    if world_size() == 1:
+        return state.model
+    # Buffers are tables that never change. Gradients are put into other buckets after the first step, unless unused
+    # parameters are looked for: three ranks or more would then round otherwise after a resume than without one.
+    exact = state.model.denoiser.output_weight.device.type == "cpu"
+    return DistributedDataParallel(state.model, broadcast_buffers=False, find_unused_parameters=exact)
 
 
 def synchronised(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:

@@ -128,7 +128,7 @@ class Lane:
 
 def lane_batches(plan: Plan, lanes: Sequence[int], start: int, stop: int, device: torch.device,
                  encode: Callable[[Sequence[str]], torch.Tensor] | None = None, executor: Executor = InProcess()
-                 ) -> Iterator[list[LaneBatch]]:
+                 ) -> Generator[list[LaneBatch], None, None]:
     """This rank's `lanes` for every step from `start` to `stop`. `encode` turns prompts into text features; None: the
     conditions are labels. An executor that has workers is kept busy with the steps that come next."""
     lane_size = plan.order.lane_size

@@ -169,7 +169,7 @@ def test_training_survives_kill_9(workspace):
     """dvc, and with it nothing else, is killed in the middle; the next repro takes over and ends at the same bits."""
     model, curve = workspace / "out/train/c2i/model", workspace / "out/train/c2i/curve.csv"
     undisturbed = {p.name: digest(p) for p in model.iterdir()}
-    losses = [line.rsplit(",", 1)[0] for line in curve.read_text().splitlines()]  # all but images per second
+    losses = [line.rsplit(",", 2)[0] for line in curve.read_text().splitlines()]  # all but what is measured of time
     for path in ("runs", "out/train/c2i", ".dvc/cache"):  # from its cache, dvc would bring back what was deleted
         shutil.rmtree(workspace / path)
     process = subprocess.Popen(["dvc", "repro", "train@c2i"], cwd=workspace, env=environment(workspace),
@@ -187,7 +187,27 @@ def test_training_survives_kill_9(workspace):
     assert not (run / "checkpoints/step-00000030.pt").exists(), "killed too late to show anything"
     dvc(workspace, "repro", "train@c2i")
     assert {p.name: digest(p) for p in model.iterdir()} == undisturbed
-    assert [line.rsplit(",", 1)[0] for line in curve.read_text().splitlines()] == losses
+    assert [line.rsplit(",", 2)[0] for line in curve.read_text().splitlines()] == losses
+
+
+@pytest.mark.parametrize("patch", ["", "cluster.Cluster.here = lambda *_: False"], ids=["in process", "ray train"])
+def test_one_worker_gives_the_bits_of_two(workspace, patch):
+    """Training and sampling in one process, without Ray, or with a single worker of Ray's."""
+    files = [p for name in ("train/c2i/model", "sample/c2i") for p in sorted((workspace / "out" / name).iterdir())]
+    before = {path: digest(path) for path in files}
+    for path in ("runs/train@c2i", "runs/sample@c2i", "out/train/c2i", "out/sample/c2i"):
+        shutil.rmtree(workspace / path, ignore_errors=True)
+    program = f"""import sys
+from pipeline import cluster
+{patch}
+from pipeline.stages import sample, train
+for stage in (train, sample):
+    sys.argv = [stage.__name__, "c2i"]
+    stage.main()
+assert ("ray" in sys.modules) == {bool(patch)}"""
+    subprocess.run([sys.executable, "-c", program], cwd=workspace, check=True,
+                   env=environment(workspace) | {"PIXELGEN_CLUSTER": "one"})
+    assert {path: digest(path) for path in files} == before
 
 
 def test_a_lost_model_file_is_not_passed_over(workspace):

@@ -119,11 +119,11 @@ class Workspace:
             psutil.wait_procs(left, PATIENCE)
 
     def outputs(self, root, stage):
-        """What a stage publishes: sha256 by path; of the curve, all but the images per second."""
+        """What a stage publishes: sha256 by path; of the curve, all but what is measured of time."""
         found = {}
         for path in sorted((root / self.out(stage).relative_to(self.path)).rglob("*")):
             if path.name == "curve.csv":
-                found[path.name] = [line.rsplit(",", 1)[0] for line in path.read_text().splitlines()]
+                found[path.name] = [line.rsplit(",", 2)[0] for line in path.read_text().splitlines()]
             elif path.is_file():
                 found[path.relative_to(root).as_posix()] = digest(path)
         if stage == "evaluate":

@@ -40,7 +40,7 @@ def test_what_is_saved_is_what_was_there_at_the_time(checkpoints):
     writer.save(state, {})
     state.weight += 1  # the next step, before the file is written
     writer.wait()
-    assert checkpoints.newest() == 5
+    assert checkpoints.recover() == 5
     found = read_state(checkpoints.local(5))
     assert found["step"] == 5 and found["optimizer"][1] == (1, "a")
     assert found["optimizer"][0]["weight"].tolist() == [1, 1, 1]
@@ -61,7 +61,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_taken(checkpoints,
     save(checkpoints, 10, 20)
     path = checkpoints.path(20)
     path.write_bytes(damage(path.read_bytes()))
-    assert checkpoints.newest() == 10
+    assert checkpoints.recover() == 10
     notes = checkpoints.store.read(module.NOTES).decode()
     assert "step-00000020.pt is not the checkpoint that was written" in notes
     assert notes.endswith("training goes on from step 10\n")
@@ -74,7 +74,7 @@ def test_a_damaged_description_is_no_checkpoint(checkpoints, content):
     checkpoints.path(10).with_name("step-00000010.pt.json").write_bytes(content)
     with pytest.raises(StorageError, match="damaged or missing"):
         checkpoints.local(10)
-    assert checkpoints.newest() is None
+    assert checkpoints.recover() is None
     assert checkpoints.store.read(module.NOTES).endswith(b"training goes on from step 0\n")
 
 
@@ -83,7 +83,7 @@ def test_a_file_without_its_description_is_unfinished(checkpoints):
     description = checkpoints.path(20).with_name("step-00000020.pt.json")
     assert json.loads(description.read_text())["size"] == checkpoints.path(20).stat().st_size
     description.unlink()
-    assert checkpoints.newest() == 10
+    assert checkpoints.recover() == 10
     assert not checkpoints.path(20).exists(), "nothing would ever delete it"
 
 
@@ -96,9 +96,9 @@ class Far(LocalStore):
 def test_what_an_earlier_life_has_left_on_another_machine_is_deleted(checkpoints, tmp_path):
     save(checkpoints, 10, 20)
     elsewhere = Checkpoints(tmp_path / "elsewhere", Far(tmp_path))
-    assert elsewhere.newest() == 20 and elsewhere.path(20).exists()
+    assert elsewhere.recover() == 20 and elsewhere.path(20).exists()
     save(checkpoints, 30, 40, keep=2)
-    assert elsewhere.newest() == 40 and not elsewhere.path(20).exists()
+    assert elsewhere.recover() == 40 and not elsewhere.path(20).exists()
 
 
 def test_a_full_disk_is_not_taken_for_damage(checkpoints, tmp_path, monkeypatch):
@@ -108,8 +108,22 @@ def test_a_full_disk_is_not_taken_for_damage(checkpoints, tmp_path, monkeypatch)
     save(checkpoints, 10, 20)
     monkeypatch.setattr(Far, "fetch", full, raising=False)
     with pytest.raises(StorageError, match="No space left"):
-        Checkpoints(tmp_path / "elsewhere", Far(tmp_path)).newest()
-    assert checkpoints.steps() == [10, 20] and checkpoints.newest() == 20
+        Checkpoints(tmp_path / "elsewhere", Far(tmp_path)).recover()
+    assert checkpoints.steps() == [10, 20] and checkpoints.recover() == 20
+
+
+def test_a_checkpoint_that_cannot_be_deleted_stops_nothing_and_is_told_of(checkpoints, monkeypatch):
+    def refuse(self, name):
+        raise PermissionError(13, "Permission denied", name)
+
+    checkpoints.store.write(module.NOTES, b"training goes on from step 0\n")
+    monkeypatch.setattr(LocalStore, "delete", refuse)
+    save(checkpoints, 1, 2, keep=1)
+    assert checkpoints.steps() == [1, 2]
+    assert checkpoints.store.read(module.NOTES).decode() == (
+        "training goes on from step 0\n"
+        "an old checkpoint stays, since it cannot be deleted: [Errno 13] Permission denied: "
+        "'checkpoints/step-00000001.pt.json'\n")
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_the_training(checkpoints, monkeypatch):

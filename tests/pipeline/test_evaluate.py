@@ -30,10 +30,12 @@ def touch(folder, word):
     return work
 
 
-def test_a_single_part_on_this_machine_needs_no_ray(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("parts", "workers"), [("a", 2), ("abc", 1)])
+def test_what_one_worker_on_this_machine_does_needs_no_ray(tmp_path, monkeypatch, parts, workers):
     monkeypatch.setattr("pipeline.cluster.connect", lambda cluster: pytest.fail("Ray was started"))
-    work_through([{"name": "a"}], touch, (tmp_path, "done"), Cluster(None, 2, 0.5, 0, 1, 0, 1, None), "touch")
-    assert (tmp_path / "a").read_text() == "done"
+    cluster = Cluster(None, workers, 0.5, 0, 1, 0, 1, None)
+    work_through([{"name": name} for name in parts], touch, (tmp_path, "done"), cluster, "touch")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(parts, "done")
 
 
 def test_shuffled_scenes_are_of_another_prompt_of_the_tag(monkeypatch):

@@ -1,4 +1,4 @@
-"""The training stage around a number that is not finite: what it keeps, what it says, and how the run goes on."""
+"""The training stage and its ranks: what is recorded, what ends a run, and how it goes on."""
 
 import dataclasses
 import itertools
@@ -6,20 +6,22 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from pipeline import runs
+from pipeline import rank, runs
 from pipeline.checkpoints import Checkpoints, writing
 from pipeline.cluster import Cluster
 from pipeline.params import read_params
+from pipeline.recorders import Curve, Grids, Saves
 from pipeline.stages import train as stage
 from pipeline.storage import Storage, fresh_directory
 from pipeline.store import LocalStore, StorageError
 from pixelgen.checkpoint import read_state
 from pixelgen.config import ObjectiveConfig
 from pixelgen.objective import Objective
-from pixelgen.train import create_state
+from pixelgen.train import Step, create_state
 from tests.pixelgen.conftest import StandInDino, lane_batch, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -56,20 +58,20 @@ def test_checkpoints_that_will_not_fit_are_noticed_before_training(params, monke
     goal = Objective(config, 8, torch.tensor(4), StandInDino(), None)
     state = create_state(tiny_config(), goal, params.optimizer, 0, torch.device("cpu"))
     free = [0.0]
-    monkeypatch.setattr(stage.shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    monkeypatch.setattr(rank.shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
 
     def check(**change):
-        stage.check_room(state, changed(params, **change).fit, tmp_path)
+        rank.check_room(state, changed(params, **change).fit, tmp_path)
 
-    one = 12 * stage.count(state.model) + 4 * stage.count(state.model.denoiser)
-    assert state.model.projector and 12 * stage.count(state.model.projector) < one
+    one = 12 * rank.count(state.model) + 4 * rank.count(state.model.denoiser)
+    assert state.model.projector and 12 * rank.count(state.model.projector) < one
     free[0] = 3 * one - 1
     with pytest.raises(StorageError, match=r"make room .*3 checkpoints of 0\.0 GB are to lie here.*0\.\d GB are free"):
         check(keep_checkpoints=2)
-    run = stage.Run(changed(params, keep_checkpoints=2), None, None, None, tmp_path, LocalStore(tmp_path),
+    run = rank.Run(changed(params, keep_checkpoints=2), None, None, None, tmp_path, LocalStore(tmp_path),
                     SimpleNamespace())
     with pytest.raises(StorageError, match="make room"):
-        stage.fit_rank(run, state, goal, None, range(2), torch.device("cpu"), writes=True)
+        rank.fit_rank(run, state, goal, None, range(2), torch.device("cpu"), writes=True)
     free[0] = 3 * one
     check(keep_checkpoints=2)
     with pytest.raises(StorageError, match="5 checkpoints"):
@@ -112,13 +114,13 @@ def test_what_a_bad_number_stopped_goes_on_from_the_state_before_it(params, monk
         goal = Objective(ObjectiveConfig(repa_weight=0, pdino_block=1, gated=(), balance_start=None), 8,
                          torch.tensor(4), StandInDino(), lpips)
         state = create_state(tiny_config(), goal, params.optimizer, 0, torch.device("cpu"))
-        run = stage.Run(params, None, None, None, tmp_path, LocalStore(tmp_path),
-                        Cluster(None, 1, 1.0, 0.0, 1, 0, 1, None))
-        stage.fit_rank(run, state, goal, None, range(2), torch.device("cpu"), writes=True)
+        run = rank.Run(params, None, None, None, tmp_path, LocalStore(tmp_path),
+                       Cluster(None, 1, 1.0, 0.0, 1, 0, 1, None))
+        rank.fit_rank(run, state, goal, None, range(2), torch.device("cpu"), writes=True)
         return run.checkpoints.steps()
 
-    monkeypatch.setattr(stage, "lane_batches", lane_batches)
-    monkeypatch.setattr(stage, "plan_of", lambda *_: None)
+    monkeypatch.setattr(rank, "lane_batches", lane_batches)
+    monkeypatch.setattr(rank, "plan_of", lambda *_: None)
     assert run_rank(params) == [2, 3]
     said = (tmp_path / "failure.txt").read_text()
     assert "step 3: loss, lpips, grad_norm not finite" in said and "'s3-1-0'" in said
@@ -138,17 +140,45 @@ def test_what_a_bad_number_stopped_goes_on_from_the_state_before_it(params, monk
 ], ids=["empty", "zeros", "cut header", "whole", "cut line", "zeros at the end"])
 def test_a_curve_that_a_full_disk_or_a_power_cut_has_left_is_gone_on_with(params, tmp_path, left, kept):
     (tmp_path / "curve.csv").write_text(left)
-    run = stage.Run(params, None, None, None, tmp_path, LocalStore(tmp_path), SimpleNamespace())
-    curve = stage.Curve(run, 4)
+    curve = Curve(tmp_path, LocalStore(tmp_path), params.fit, 4)
     assert (curve.path.read_text() if curve.path.exists() else "") == kept
     curve.append({"step": 5, "loss": 0.25, "rate": 9})
     assert curve.path.read_text() == (kept or "step,loss,rate\n") + "5,0.25,9\n"
 
 
+def test_what_is_recorded_when(params, tmp_path):
+    """Lines, grids and checkpoints come every so many steps and after the last; a stop saves, and adds nothing else."""
+    seen: dict = {"grid": [], "saved": []}
+
+    class Model:
+        def generate(self, wanted, seeds, sampler):
+            seen["grid"].append((wanted, [*seeds], sampler))
+            return np.zeros((len(wanted), 8, 8, 3), np.uint8)
+
+    class Writer:
+        def save(self, state, extras):
+            seen["saved"].append((state.step, sorted(extras)))
+
+    fit = changed(params, steps=7, batch_size=6, log_every=2, grid_every=3, checkpoint_every=5).fit
+    curve = Curve(tmp_path, LocalStore(tmp_path), fit, 0)
+    recorders = [curve, Grids(tmp_path, fit, lambda ema: Model(), [3, 1], "sampler"), Saves(tmp_path, fit, Writer())]
+    for number in range(1, 8):
+        state = SimpleNamespace(step=number, skipped=0, ema=None)
+        for recorder in recorders:
+            recorder.record(Step(state, {"loss": 0.5}, 0.01, last=number in (4, 7)))
+    rows = [line.split(",") for line in curve.path.read_text().splitlines()]
+    assert rows[0] == ["step", "loss", "skipped", "waiting", "images_per_second"]
+    assert [row[:3] for row in rows[1:]] == [[n, "0.5", "0"] for n in "2467"]
+    assert all(float(row[3]) > 0 and float(row[4]) > 0 for row in rows[1:])
+    grids = [f"grids/step-{n:08}.png" for n in (3, 6, 7)]
+    assert seen["grid"] == [([3, 1], [0, 1], "sampler")] * 3
+    assert seen["saved"] == [(4, ["curve.csv", grids[0]]), (5, ["curve.csv", grids[0]]), (7, ["curve.csv", *grids])]
+
+
 def test_a_damaged_last_checkpoint_is_trained_again(params, monkeypatch, tmp_path):
     """Else every start would end with it. It is told of, and nothing that an earlier start was told."""
     checkpoints = Checkpoints(tmp_path, LocalStore(tmp_path))
-    run = stage.Run(params, None, None, None, tmp_path, checkpoints.store, SimpleNamespace())
+    run = rank.Run(params, None, None, None, tmp_path, checkpoints.store, SimpleNamespace())
 
     def train(_):
         found.update(checkpoints.store.sizes(""))

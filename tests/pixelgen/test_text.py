@@ -15,7 +15,7 @@ from pixelgen.config import ConfigError, ObjectiveConfig, OptimizerConfig, Sampl
 from pixelgen.encoders.text import load_text_encoder
 from pixelgen.models.jit_t2i import JiTText
 from pixelgen.objective import Objective
-from pixelgen.train import LaneBatch, create_state, fit
+from pixelgen.train import LaneBatch, create_state, train
 from tests.pixelgen.conftest import TINY_TEXT, StandInDino, fit_config, randomised, stand_in_lpips, tiny_text
 
 LENGTH, WIDTH = TINY_TEXT["text_length"], TINY_TEXT["text_width"]
@@ -170,8 +170,8 @@ def trained(encoder, size, start=None, steps=2):
     batches = ([LaneBatch(step, 0, ["a", "b"], torch.randint(0, 256, (2, 3, size, size), generator=generator,
                                                              dtype=torch.uint8), encoder(["a red", "a blue"]))]
                for step in range(steps))
-    fit(state, batches, goal, OptimizerConfig(lr=1e-3), fit_config(steps=steps, batch_size=2, lanes=1),
-        lambda _: None, lambda _: None, lambda _: None)
+    for _ in train(state, batches, goal, OptimizerConfig(lr=1e-3), fit_config(steps=steps, batch_size=2, lanes=1)):
+        pass
     return state
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import itertools
 import math
+import time
 
 import pytest
 import torch
@@ -21,11 +22,11 @@ from pixelgen.train import (
     LaneBatch,
     NonFiniteError,
     create_state,
-    fit,
     lane_seed,
     shared_out,
     train_step,
 )
+from pixelgen.train import train as take_steps
 from tests.pixelgen.conftest import (
     TINY,
     StandInDino,
@@ -62,10 +63,6 @@ def fresh_state(seed=0):
     return state
 
 
-def ignore(_):
-    pass
-
-
 def batches(start=0, lanes=range(4), white=()):
     """Batches of a rank from step `start`; those of the (step, lane) in `white` are white images."""
     for step in itertools.count(start):
@@ -74,12 +71,10 @@ def batches(start=0, lanes=range(4), white=()):
 
 
 def train(state, steps, lanes=range(4), goal=None, white=(), together=1, **options):
-    """`fit` up to a step number, so many lanes in a pass -> what it logged."""
-    log = []
-    config = fit_config(**{"steps": steps, "log_every": 1, **options})
-    fit(state, batches(state.step, lanes, white), goal or objective(), OPTIMIZER, config, log.append, ignore, ignore,
-        lanes_per_pass=together)
-    return [{k: v for k, v in entry.items() if k != "images_per_second"} for entry in log]
+    """Train up to a step number, so many lanes in a pass -> the metrics of each step."""
+    taken = take_steps(state, batches(state.step, lanes, white), goal or objective(), OPTIMIZER,
+                       fit_config(steps=steps, **options), lanes_per_pass=together)
+    return [{"step": state.step, **step.metrics, "skipped": state.skipped} for step in taken]
 
 
 def spoiled(damage, **options):
@@ -325,36 +320,43 @@ def test_the_loss_falls_when_eight_images_are_learned_by_heart():
     goal = objective(repa_weight=0.0, condition_dropout=0.0, balance_start=None)
     state = create_state(tiny_config(num_classes=8), goal, OptimizerConfig(lr=5e-3), 0, torch.device("cpu"))
     lanes = ([LaneBatch(step, 0, ["a"] * 8, images, torch.arange(8))] for step in itertools.count())
-    config, log = fit_config(steps=60, lanes=1, log_every=1), []
-    fit(state, lanes, goal, OptimizerConfig(lr=5e-3), config, log.append, ignore, ignore)
+    taken = take_steps(state, lanes, goal, OptimizerConfig(lr=5e-3), fit_config(steps=60, lanes=1))
+    log = [step.metrics for step in taken]
     for name in ("loss", "fm", "lpips", "pdino"):
         first, last = (sum(entry[name] for entry in part) for part in (log[:10], log[-10:]))
         assert last < 0.2 * first, name
 
 
-def test_what_happens_when():
-    """Logs, grids and checkpoints come every so many steps, and each once more at the end."""
-    seen = {"log": [], "grid": [], "checkpoint": []}
-    config = fit_config(steps=7, log_every=2, grid_every=3, checkpoint_every=5)
-    state = fresh_state()
-    fit(state, batches(), objective(), OPTIMIZER, config, lambda entry: seen["log"].append(entry["step"]),
-        lambda s: seen["checkpoint"].append(s.step), lambda s: seen["grid"].append(s.step))
-    assert seen == {"log": [2, 4, 6, 7], "grid": [3, 6, 7], "checkpoint": [5, 7]}
+def taken(state, batches, stop=lambda: False, **options):
+    return list(take_steps(state, batches, objective(), OPTIMIZER, fit_config(**options), stop))
 
 
 def test_batches_have_to_be_those_of_the_step():
     with pytest.raises(AssertionError, match="batches out of step 0: "):
-        fit(fresh_state(), batches(1), objective(), OPTIMIZER, fit_config(), ignore, ignore, ignore)
+        taken(fresh_state(), batches(1))
     with pytest.raises(RuntimeError, match="the data ended at step 2 of 6"):
-        fit(fresh_state(), itertools.islice(batches(), 2), objective(), OPTIMIZER, fit_config(), ignore, ignore, ignore)
+        taken(fresh_state(), itertools.islice(batches(), 2))
 
 
 def test_a_finished_run_takes_no_further_step():
     state = fresh_state()
     train(state, 2)
     before = copy.deepcopy(state.state_dict())
-    fit(state, itertools.islice(batches(2), 1), objective(), OPTIMIZER, fit_config(steps=2), ignore, ignore, ignore)
+    assert taken(state, iter([]), steps=2) == []
     torch.testing.assert_close(state.state_dict(), before, rtol=0, atol=0)
+
+
+def test_the_last_step_is_told_and_how_long_each_waited_for_its_batches():
+    def slow():
+        for lanes in batches():
+            time.sleep(0.1 if lanes[0].step == 1 else 0)
+            yield lanes
+
+    steps = taken(fresh_state(), slow(), steps=3)
+    assert [step.last for step in steps] == [False, False, True]
+    assert steps[1].waited >= 0.1
+    asked = iter([False, True])
+    assert [step.last for step in taken(fresh_state(), batches(), lambda: next(asked), steps=9)] == [False, True]
 
 
 def test_a_balance_without_a_sample_past_the_gate_stays():

@@ -446,7 +446,7 @@ def test_another_machine_goes_on_from_the_newest_checkpoint(root, faults, tmp_pa
         for step in (10, 20, 30):
             writer.save(State(step), {"curve.csv": tmp_path / "curve.csv"})
     assert here.steps() == there.steps() == [20, 30] and store.read("curve.csv") == b"step\n1\n"
-    assert there.newest() == 30 and read_state(there.local(30))["weight"].tolist() == [30, 30, 30]
+    assert there.recover() == 30 and read_state(there.local(30))["weight"].tolist() == [30, 30, 30]
     faults.clear()
     there.local(30)
     assert faults.count("GET", r"30\.pt$") == 0, "it was there already"
@@ -454,7 +454,7 @@ def test_another_machine_goes_on_from_the_newest_checkpoint(root, faults, tmp_pa
     assert read_state(there.local(30))["step"] == 30
     store.write("checkpoints/step-00000030.pt", b"damaged")
     there.path(30).write_bytes(b"damaged")
-    assert there.newest() == 20
+    assert there.recover() == 20
 
 
 def test_training_goes_on_while_a_checkpoint_is_on_its_way(root, faults, tmp_path):

@@ -1,0 +1,55 @@
+"""What the driver shows of a training that runs elsewhere."""
+
+import contextlib
+import csv
+import io
+import sys
+import threading
+import time
+
+from tqdm import tqdm
+
+from pipeline.checkpoints import NOTES
+from pipeline.recorders import CURVE
+from pipeline.store import StorageError, Store
+
+FAR_SECONDS = 10.0  # between looks at a store that is far away
+
+
+class Progress:
+    """A progress bar, read from the loss curve (which comes with each checkpoint, if the run is kept under a storage
+    root), and rank 0's notes."""
+
+    def __init__(self, store: Store, steps: int):
+        self.store, self.steps, self.done, self.told = store, steps, threading.Event(), ""
+        self.thread = threading.Thread(target=self.follow, daemon=True)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+    def follow(self) -> None:
+        total, pause = self.steps, FAR_SECONDS if self.store.far else 1
+        with tqdm(total=total, desc="train", unit="step", mininterval=1) as bar:
+            while not self.done.wait(pause):
+                self.show(bar)
+            self.show(bar)
+
+    def show(self, bar: tqdm) -> None:
+        with contextlib.suppress(FileNotFoundError, StorageError):
+            if (notes := self.store.read(NOTES).decode()) != self.told:
+                bar.write(notes.removeprefix(self.told), file=sys.stderr, end="")
+                self.told = notes
+        try:
+            rows = list(csv.DictReader(io.StringIO(self.store.read(CURVE).decode())))
+        except (FileNotFoundError, StorageError):  # not yet; what is wrong with the storage stops the ranks
+            return
+        if rows and None not in rows[-1].values() and int(rows[-1]["step"]) > bar.n:
+            last = rows[-1]
+            if bar.n == 0:
+                bar.initial, bar.start_t = int(last["step"]), time.time()
+            bar.set_postfix(loss=last["loss"], img_s=last["images_per_second"], refresh=False)
+            bar.update(int(last["step"]) - bar.n)

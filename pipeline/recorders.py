@@ -1,0 +1,93 @@
+"""What rank 0 records of a training: the loss curve, grids of images, checkpoints."""
+
+import csv
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoints import Writer
+from pipeline.store import Store, write_atomic
+from pixelgen.config import FitConfig, SamplerConfig
+from pixelgen.generate import PixelGen
+from pixelgen.images import grid
+from pixelgen.train import Step, TrainState
+
+CURVE = "curve.csv"  # in the run's directory, and in its store
+GRID_COLUMNS = 10
+
+
+class Curve:
+    """The losses as CSV. From a step on: what was written of later ones is cut off, so that no step is in it twice.
+
+    The last two columns are measurements of the time since the line before: the share of it that was spent waiting for
+    batches, and images a second.
+    """
+
+    def __init__(self, directory: Path, store: Store, fit: FitConfig, step: int):
+        self.path, self.fit = directory / CURVE, fit
+        self.step, self.began, self.waited = step, time.perf_counter(), 0.0
+        try:
+            header, *lines = store.read(CURVE).decode(errors="replace").splitlines() or [""]
+        except FileNotFoundError:  # of a run that did not come to its first checkpoint
+            header, lines = "", []
+        if not header.startswith("step,"):  # nothing, or what a full disk or a power cut has left of it
+            self.path.unlink(missing_ok=True)
+            return
+        whole = (line for line in lines if line.count(",") == header.count(",") and line.partition(",")[0].isdigit())
+        kept = [header, *(line for line in whole if int(line.partition(",")[0]) <= step)]
+        write_atomic(self.path, ("\n".join(kept) + "\n").encode())
+
+    def record(self, step: Step) -> None:
+        self.waited += step.waited
+        number = step.state.step
+        if number % self.fit.log_every and number != self.fit.steps:
+            return
+        now = time.perf_counter()
+        seconds, images = now - self.began, (number - self.step) * self.fit.batch_size
+        self.append({"step": number, **step.metrics, "skipped": step.state.skipped,
+                     "waiting": self.waited / seconds, "images_per_second": images / seconds})
+        self.step, self.began, self.waited = number, now, 0.0
+
+    def append(self, row: dict[str, float]) -> None:
+        new = not self.path.exists()
+        with open(self.path, "a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(row)
+            writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row.values()])
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class Grids:
+    """A few images of the averaged weights, always of the same classes or captions and seeds, so that one can watch it
+    learn."""
+
+    def __init__(self, directory: Path, fit: FitConfig, model: Callable[[Any], PixelGen], wanted: list[Any],
+                 sampler: SamplerConfig):
+        self.directory, self.fit, self.model = directory / "grids", fit, model
+        self.wanted, self.sampler = wanted, sampler
+
+    def record(self, step: Step) -> None:
+        number = step.state.step
+        if self.fit.grid_every and (number % self.fit.grid_every == 0 or number == self.fit.steps):
+            images = self.model(step.state.ema).generate(self.wanted, range(len(self.wanted)), self.sampler)
+            self.directory.mkdir(exist_ok=True)
+            grid(images, GRID_COLUMNS).save(self.directory / f"step-{number:08d}.png")
+
+
+class Saves:
+    """A checkpoint every so many steps and after the last, with the curve and the grids until then."""
+
+    def __init__(self, directory: Path, fit: FitConfig, writer: Writer):
+        self.directory, self.fit, self.writer = directory, fit, writer
+
+    def record(self, step: Step) -> None:
+        if step.state.step % self.fit.checkpoint_every == 0 or step.last:
+            self.save(step.state)
+
+    def save(self, state: TrainState) -> None:
+        extras = [*self.directory.glob(CURVE), *self.directory.glob("grids/*.png")]  # there may be none yet
+        self.writer.save(state, {path.relative_to(self.directory).as_posix(): path for path in extras})
