@@ -1,5 +1,6 @@
 """Reading follows the order whoever decodes, reads hardly a byte twice, and names what is damaged."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -7,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -164,6 +166,22 @@ def test_processes_are_kept_busy_and_no_further(split):
     next(steps)
     assert len(asked) == 2 * 2 + 1 + 1
     steps.close()
+
+
+@pytest.mark.parametrize("leave", ["closed", "an error"])
+def test_reading_ends_with_whoever_reads(split, leave, tmp_path):
+    """Threads and processes, with tasks in hand."""
+    before = {*threading.enumerate()}
+    broken = damaged(split, tmp_path, "group") if leave == "an error" else split
+    with contextlib.suppress(ShardError), processes(2) as executor:
+        pids = {executor.submit(os.getpid).result() for _ in range(8)}
+        with contextlib.closing(lane_batches(plan_of(broken, lanes=8, batch_size=64), range(8), 0, 400,
+                                             torch.device("cpu"), None, executor)) as steps:
+            for _, step in zip(range(400 if leave == "an error" else 20), steps, strict=False):
+                assert len(step) == 8
+            assert leave == "closed", "the damage was not met"
+    assert not {*threading.enumerate()} - before
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
 # ------------------------------------------------------------------------------------------ bytes that are read
