@@ -192,8 +192,9 @@ def decode(encoded: bytes) -> np.ndarray:
 
 
 def first_captions(split: Split, count: int) -> list[str]:
-    """The first caption of each of the first images of a split, at most `count`, to draw while training."""
-    rows = split.read(0, ["captions"])["captions"].slice(0, count).to_pylist()
+    """The first caption of each of the first images of a split, at most `count` and a row group's, to draw while
+    training."""
+    rows = split.read_group(0, 0, split.footer(0))["captions"].slice(0, count).to_pylist()
     return [next(caption for caption in row if caption is not None) for row in rows]
 
 
