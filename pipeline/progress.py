@@ -1,4 +1,4 @@
-"""What the driver shows of a training that runs elsewhere."""
+"""What a training shows while it lasts, wherever it runs."""
 
 import contextlib
 import csv

@@ -5,8 +5,10 @@ import dataclasses
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,10 +67,11 @@ def trajectory(params: TrainParams) -> dict:
 
 def train(run: Run) -> None:
     """Train until the last step is in a checkpoint: on every worker of the cluster, under Ray Train; in this process if
-    there is one worker and it is on this machine."""
+    there is one worker, on this machine, that needs no tasks of Ray."""
+    cluster = run.cluster
     with Progress(run.store, run.params.fit.steps), stopping(run):
-        if run.cluster.here(run.cluster.ranks(run.params.fit.lanes)):
-            train_rank(run, 0, 1, torch.device(run.cluster.device))
+        if cluster.here(cluster.ranks(run.params.fit.lanes)) and cluster.reading[0] != "tasks":
+            train_rank(run, 0, 1, torch.device(cluster.device))
         else:
             train_on_workers(run)
     with contextlib.suppress(FileNotFoundError):
@@ -99,8 +102,12 @@ def train_on_workers(run: Run) -> None:
 
 @contextlib.contextmanager
 def stopping(run: Run) -> Iterator[None]:
-    """Let SIGTERM, which comes before a machine is taken away, be a request to the ranks to save and end."""
-    before = signal.signal(signal.SIGTERM, lambda *_: run.store.write(STOP, b""))
+    """Let SIGTERM, which comes before a machine is taken away, be a request to the ranks to save and end. A thread
+    makes it: the one that the signal interrupts may itself be at the store, with a lock in hand."""
+    def request(*_: Any) -> None:
+        threading.Thread(target=run.store.write, args=(STOP, b"")).start()
+
+    before = signal.signal(signal.SIGTERM, request)
     try:
         yield
     finally:
