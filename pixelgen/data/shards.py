@@ -6,6 +6,7 @@ has the sha256 of each: no byte is used before it has been checked, and no more 
 
 import hashlib
 import io
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ SCHEMA = pa.schema([("key", pa.string()), ("image", pa.binary()), ("label", pa.i
 GROUP = 64  # rows of a row group: the least that is read
 
 Piece = tuple[int, int, str]  # of a shard's file: rows (the footer has none), where its bytes end, their sha256
+PIECE = re.compile("([0-9]{1,18}):([0-9]{1,18}):([0-9a-f]{64})")
 
 
 class ShardError(UserError):
@@ -56,7 +58,11 @@ class Shard:
     file: File
     rows: int
     sha256: str  # of the whole file
-    pieces: tuple[Piece, ...] = ()  # none: written before shards had row groups, and read as a whole
+    described: str = ""  # its pieces, in few bytes; none: written before shards had row groups, and read as a whole
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return [(int(rows), int(end), digest) for rows, end, digest in PIECE.findall(self.described)]
 
 
 @dataclass(frozen=True)
@@ -132,12 +138,14 @@ def open_split(manifest: Mapping[str, Any], locate: Callable[[Mapping[str, Any]]
 
 def _shard(locate: Callable[[Mapping[str, Any]], File], file: Mapping[str, Any], described: Mapping[str, Any],
            remedy: str) -> Shard:
-    parts = tuple((rows, end, digest) for rows, end, digest in described.get("pieces", ()))
-    ends = [0, *(end for _, end, _ in parts)]
-    if parts and (ends != sorted({*ends}) or ends[-1] != file["size"] or parts[-1][0] != 0 or
-                  sum(rows for rows, _, _ in parts) != described["rows"]):
+    shard = Shard(locate(file), described["rows"], file["sha256"], described.get("pieces", ""))
+    pieces = shard.pieces
+    ends = [0, *(end for _, end, _ in pieces)]
+    if shard.described and (
+            len(pieces) != len(shard.described.split(" ")) or ends != sorted({*ends}) or ends[-1] != file["size"] or
+            pieces[-1][0] != 0 or sum(rows for rows, _, _ in pieces) != shard.rows):
         raise ShardError(f"the manifest's pieces of {file['path']} do not make up the file: {remedy}")
-    return Shard(locate(file), described["rows"], file["sha256"], parts)
+    return shard
 
 
 class _Piece(io.RawIOBase):
@@ -175,15 +183,16 @@ def encode_shard(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return bytes(sink.getvalue().to_pybytes())
 
 
-def pieces(data: bytes) -> list[Piece]:
-    """The description of a shard's row groups and footer, from the bytes of its file."""
+def describe(data: bytes) -> str:
+    """A shard's row groups and footer, from the bytes of its file: rows:end:sha256 of each piece. A dataset of millions
+    has hundreds of thousands of them, so they are a text and no list."""
     footer = pq.read_metadata(pa.BufferReader(data))
     groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
     starts = [min(group.column(i).data_page_offset for i in range(group.num_columns)) for group in groups]
     ends = [*starts[1:], len(data) - 8 - footer.serialized_size, len(data)]
     begins = [0, *ends[:-1]]
-    return [(rows, end, hashlib.sha256(data[begin:end]).hexdigest()) for rows, begin, end in
-            zip([*(group.num_rows for group in groups), 0], begins, ends, strict=True)]
+    return " ".join(f"{rows}:{end}:{hashlib.sha256(data[begin:end]).hexdigest()}" for rows, begin, end in
+                    zip([*(group.num_rows for group in groups), 0], begins, ends, strict=True))
 
 
 def decode(encoded: bytes) -> np.ndarray:

@@ -23,7 +23,8 @@ from pipeline.stages import shard
 from pipeline.storage import Storage, check_file, describe
 from pipeline.store import StorageError
 from pixelgen.config import ConfigError
-from pixelgen.data.shards import SCHEMA, pieces, read_images
+from pixelgen.data.shards import SCHEMA, read_images
+from pixelgen.data.shards import describe as describe_pieces
 from pixelgen.images import adm_crop, plain_crop
 from tests.pipeline.folders import (
     SIZE,
@@ -104,7 +105,7 @@ def test_a_shard_holds_the_crops_and_the_report_the_rest(hostile, tmp_path):
     report = read_report(Storage(None), run, "image_folder-00000")
     assert report["shards"] == [{"split": "train", "pixels": SIZE, "rows": len(good) + 1,
                                  "file": describe(path, path.name), "labels": table["label"].to_pylist(),
-                                 "pieces": [[*piece] for piece in pieces(path.read_bytes())]}]
+                                 "pieces": describe_pieces(path.read_bytes())}]
     assert report["enlarged"] == 1 and report["skipped"] == report["captions_cut"] == 0
     assert {key for key, _ in report["rejected"]} == {f"image_folder/mixed/{name}" for name in bad}
 

@@ -28,9 +28,9 @@ from pixelgen.data.shards import (
     Shard,
     ShardError,
     Split,
+    describe,
     encode_shard,
     open_split,
-    pieces,
     read_images,
 )
 from pixelgen.errors import UserError
@@ -38,6 +38,7 @@ from pixelgen.images import adm_crop
 from tests.pipeline.folders import encoded, picture
 
 TEXT = CaptionConfig(0.5, 3)
+ZEROS = "0" * 64
 
 
 def test_a_caption_is_drawn_by_weight_and_prefixed_by_chance():
@@ -57,7 +58,7 @@ def shard_file(path, rows, whole=False):
     """A shard in a file; `whole`: as it was written before shards had row groups."""
     data = encode_shard(rows)
     path.write_bytes(data)
-    return Shard(LocalFile(path), len(rows), hashlib.sha256(data).hexdigest(), () if whole else tuple(pieces(data)))
+    return Shard(LocalFile(path), len(rows), hashlib.sha256(data).hexdigest(), "" if whole else describe(data))
 
 
 def row(number, image):
@@ -256,14 +257,15 @@ def test_other_row_groups_of_a_damaged_shard_can_be_read(split, tmp_path):
 
 def described(**change):
     """A manifest with one shard."""
-    shard = {"path": "a", "rows": 150, "size": 8, "pieces": [[150, 7, "0" * 64], [0, 10, "0" * 64]]} | change
-    return {"files": [{"path": "a", "size": 10, "sha256": "0" * 64}],
+    shard = {"path": "a", "rows": 150, "size": 8, "pieces": f"150:7:{ZEROS} 0:10:{ZEROS}"} | change
+    return {"files": [{"path": "a", "size": 10, "sha256": ZEROS}],
             "sources": {"all": {"splits": {"train": {"shards": [shard]}}}}}
 
 
-@pytest.mark.parametrize("change", [{"rows": 151}, {"pieces": [[150, 10, "0" * 64]]},
-                                    {"pieces": [[150, 10, "0" * 64], [0, 10, "0" * 64]]},
-                                    {"pieces": [[150, 7, "0" * 64], [0, 11, "0" * 64]]}])
+@pytest.mark.parametrize("change", [
+    {"rows": 151}, *({"pieces": pieces} for pieces in (
+        f"150:10:{ZEROS}", f"150:10:{ZEROS} 0:10:{ZEROS}", f"150:7:{ZEROS} 0:11:{ZEROS}", f"150:7:0 0:10:{ZEROS}", "?",
+        f"150:7:{ZEROS} 0:10:{ZEROS} and more"))])
 def test_a_manifest_that_contradicts_itself_is_refused(change):
     assert open_split(described(), LocalFile, "train").rows == (150,)
     with pytest.raises(ShardError, match="the manifest's pieces of a do not make up the file: make it anew"):
