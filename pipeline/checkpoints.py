@@ -94,13 +94,18 @@ class Checkpoints:
             if name.endswith(".pt") and name not in vouched:
                 self.store.delete(name)
 
-    def prune(self, keep: int, every: int | None) -> None:
-        """Delete all but the last `keep` checkpoints and those of every `every`th step."""
+    def prune(self, keep: int, every: int | None) -> list[str]:
+        """Delete all but the last `keep` checkpoints and those of every `every`th step -> why some cannot be."""
+        left = []
         for step in self.steps()[:-keep]:
             if every is None or step % every:
-                self.store.delete(f"{name_of(step)}.json")
-                self.store.delete(name_of(step))
-                self.path(step).unlink(missing_ok=True)
+                try:
+                    self.store.delete(f"{name_of(step)}.json")
+                    self.store.delete(name_of(step))
+                    self.path(step).unlink(missing_ok=True)
+                except (OSError, StorageError) as error:
+                    left.append(str(error))
+        return left
 
 
 class Writer:
@@ -144,13 +149,12 @@ class Writer:
 
     def _prune(self) -> None:
         """What cannot be deleted now may be after the next checkpoint: no reason to stop a training."""
-        try:
-            self.checkpoints.prune(self.keep, self.every)
-        except (OSError, StorageError) as error:
+        if left := self.checkpoints.prune(self.keep, self.every):
             store = self.checkpoints.store
             with contextlib.suppress(OSError, StorageError):
                 before = store.read(NOTES) if store.size(NOTES) is not None else b""
-                store.write(NOTES, before + f"an old checkpoint stays, since it cannot be deleted: {error}\n".encode())
+                note = f"old checkpoints stay that cannot be deleted: {'; '.join(left)}\n"
+                store.write(NOTES, before + note.encode())
 
 
 @contextlib.contextmanager

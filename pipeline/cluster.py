@@ -30,6 +30,7 @@ CLUSTERS = Path("clusters")
 LONGEST_PART = 6 * 3600.0  # seconds: a part may be many images, a container large, a network still to be compiled
 ON_CPU = 2  # workers where the cluster file leaves it open and there is no GPU
 READERS = r"self|(processes|tasks)\([1-9][0-9]*\)"
+MOST_READERS = 16  # processes of a rank where the cluster file leaves it open: each has decoded images in hand
 LONGEST_END = 10.0  # seconds for a thread that has been told to end
 THREADS = ("iter_threaded", "StreamingExecutor")  # of Ray Data, by their names
 
@@ -80,8 +81,8 @@ class Cluster:
     def reading(self) -> tuple[str, int]:
         """Who decodes images for each rank, and how many of them."""
         if self.readers is None:
-            share = (os.cpu_count() or 1) // self.actors - self.threads_per_worker
-            return ("processes", max(share, 1)) if self.gpus else ("self", 0)
+            share = len(os.sched_getaffinity(0)) // self.actors - self.threads_per_worker
+            return ("processes", min(max(share, 1), MOST_READERS)) if self.gpus else ("self", 0)
         kind, _, count = self.readers.rstrip(")").partition("(")
         return kind, int(count or 0)
 

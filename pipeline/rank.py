@@ -26,6 +26,7 @@ from pixelgen.data.shards import first_captions
 from pixelgen.encoders.dino import load_dino
 from pixelgen.encoders.lpips import load_lpips
 from pixelgen.encoders.text import TextEncoder, load_text_encoder
+from pixelgen.errors import UserError
 from pixelgen.generate import PixelGen
 from pixelgen.objective import Objective
 from pixelgen.train import NonFiniteError, Recorder, TrainState, create_state, train
@@ -110,11 +111,22 @@ def fit_rank(run: Run, state: TrainState, objective: Objective, text: TextEncode
     elif run.start is not None:
         start_from(state, run.start.local())
     plan, stop = plan_of(params, run.data), stop_requested(run) if writes else lambda: False
-    with (readers(run.cluster) as executor, (recording(run, state, text) if writes else silence()) as recorders,
+    with (enough_memory(run.cluster), readers(run.cluster) as executor,
+          (recording(run, state, text) if writes else silence()) as recorders,
           contextlib.closing(lane_batches(plan, lanes, state.step, params.fit.steps, device, text, executor)) as data):
         for step in train(state, data, objective, params.optimizer, params.fit, stop, run.cluster.lanes_per_pass):
             for recorder in recorders:
                 recorder.record(step)
+
+
+@contextlib.contextmanager
+def enough_memory(cluster: Cluster) -> Iterator[None]:
+    """UserError, with the remedy, where a GPU's memory is too small."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the GPU has too little memory: lower lanes_per_pass {cluster.lanes_per_pass} in the cluster "
+                        f"file, or use a smaller denoiser ({error})") from error
 
 
 @contextlib.contextmanager
@@ -142,7 +154,8 @@ def recording(run: Run, state: TrainState, text: TextEncoder | None) -> Iterator
 
 @contextlib.contextmanager
 def silence() -> Iterator[list[Recorder]]:
-    """What other ranks record. Where a number is not finite they stop at the same step as rank 0, which tells of it."""
+    """Recorders of the other ranks: none. They stop at the same non-finite step as rank 0, which reports it, so their
+    own error is dropped."""
     with contextlib.suppress(NonFiniteError):
         yield []
 

@@ -15,16 +15,17 @@ class RayTasks:
     interpreter from the training thread.
     """
 
-    def __init__(self, workers: int):
-        self.workers = workers
+    def __init__(self, ahead: int):
+        self.ahead = ahead
         self.remote: dict[Callable[..., Any], Any] = {}
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Result:
         import ray
 
         if function not in self.remote:
-            # no processor of its own, or it would wait for ever where the ranks take every one
-            self.remote[function] = ray.remote(num_cpus=0)(function)
+            # no processor of its own, or it would wait for ever where the ranks take every one; Ray by itself would
+            # keep it on the node of its arguments
+            self.remote[function] = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(function)
         return Task(self.remote[function].remote(*arguments))
 
 

@@ -133,11 +133,13 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
     try:
         run_main(main)
     except SystemExit as end:
-        status = end.code
+        status = end.code or 0
         if isinstance(status, str):
             print(status, file=sys.stderr)
             status = 1
     except Exception:
+        if sys.gettrace():  # a debugger wants to see it
+            raise
         traceback.print_exc()
         status = 1
     sys.stdout.flush()

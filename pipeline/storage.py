@@ -154,7 +154,10 @@ class Artifact:
         """A split of a dataset, as `pixelgen.data.shards.open_split` finds it."""
         from pixelgen.data.shards import open_split  # pyarrow is for those stages that read shards
 
-        return open_split(self.manifest, self.file, name, source, size, f"delete {self.directory} and run `dvc repro`")
+        remedy = f"delete {self.directory} and run `dvc repro`"
+        if self.manifest["root"]:  # DVC would only bring back the manifest, and what is stored would be taken for good
+            remedy = f"delete that object and run `dvc repro --force --single-item shard@{self.directory.name}`"
+        return open_split(self.manifest, self.file, name, source, size, remedy)
 
     def local(self) -> Path:
         """A directory on this machine with all the files, every one of them checked; under a root, they are fetched

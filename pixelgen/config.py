@@ -235,7 +235,7 @@ class CaptionConfig:
 
 @dataclass(frozen=True)
 class FitConfig:
-    """The training loop (`pixelgen.train.fit`).
+    """The training loop (`pixelgen.train.train`).
 
     The global batch is cut into `lanes`. A lane is the unit of everything random: its samples, its noise, its times
     and what is dropped depend on (seed, step, lane) only, and gated losses are means over a lane. Ranks share the lanes

@@ -147,7 +147,7 @@ class Objective:
 
 
 def lane_means(values: Tensor, lanes: int) -> Tensor:
-    """(B,) -> (lanes,): the mean of each lane. One by one, so that a lane's is the same in any company."""
+    """(B,) -> (lanes,): the mean of each lane, taken by itself, so that it does not depend on the other lanes."""
     return torch.stack([of_lane.mean() for of_lane in values.chunk(lanes)])
 
 

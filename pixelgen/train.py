@@ -123,21 +123,23 @@ def train_step(state: TrainState, model: nn.Module, lanes: Sequence[LaneBatch], 
 
 
 def shared_out(lanes: Sequence[LaneBatch], at_most: int) -> list[Sequence[LaneBatch]]:
-    """As few groups as have at most so many lanes each, and evenly to within one."""
+    """Split the lanes into as few groups as possible of at most `at_most`, of sizes that differ by one at most."""
     count = -(-len(lanes) // at_most)
     return [lanes[len(lanes) * i // count:len(lanes) * (i + 1) // count] for i in range(count)]
 
 
 def lane_losses(model: nn.Module, state: TrainState, lanes: Sequence[LaneBatch], objective: Objective,
                 config: FitConfig, percept_weight: float) -> Losses:
-    """The objective on some lanes in one forward pass. Noise, times, what is dropped: the same for a lane whenever,
-    wherever and with whichever others this is called."""
+    """The objective on some lanes in one forward pass. A lane's noise, times and dropout depend neither on the lanes it
+    is grouped with nor on the rank."""
     images, draws = [to_float(batch.images) for batch in lanes], []
     for x, batch in zip(images, lanes, strict=True):
         torch.manual_seed(lane_seed(config.seed, batch.step, batch.lane))
         draws.append(objective.draw(x, batch.condition, state.model.denoiser.draw_dropout))
+    joined = join(draws)
+    del draws  # masks of dropout are large
     with torch.autocast(images[0].device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        return objective(model, torch.cat(images), join(draws), percept_weight, len(lanes))
+        return objective(model, torch.cat(images), joined, percept_weight, len(lanes))
 
 
 def lane_seed(seed: int, step: int, lane: int) -> int:
@@ -231,7 +233,8 @@ def wrapped(state: TrainState, objective: Objective, config: FitConfig) -> nn.Mo
     if config.compile:
         # the balance of gradients keeps the graph of a backward pass, which must not have given its buffers away
         functorch.donated_buffer = objective.config.balance_start is None
-        state.model.denoiser.compile()
+        # passes have few sizes, those of groups of lanes: a graph for each is faster than one for any
+        state.model.denoiser.compile(dynamic=False)
     if world_size() == 1:
         return state.model
     # Buffers are tables that never change. Gradients are put into other buckets after the first step, unless unused

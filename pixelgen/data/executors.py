@@ -2,8 +2,10 @@
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -11,6 +13,7 @@ from typing import Any, Protocol
 
 from pixelgen.errors import UserError
 
+SINGLE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # numpy's own threads would only take memory
 SERVE = "from pixelgen.data.executors import serve; serve()"
 
 
@@ -20,7 +23,7 @@ class Result(Protocol):
 
 
 class Executor(Protocol):
-    workers: int  # tasks that are done at the same time; 0: none but by the caller
+    ahead: int  # tasks to submit beside those that are waited for; 0: the caller does them, so there is no use in it
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Result:
         """Have a function of a module called."""
@@ -29,7 +32,7 @@ class Executor(Protocol):
 class InProcess:
     """Calls right here, when the result is asked for: a debugger can stop there."""
 
-    workers = 0
+    ahead = 0
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Result:
         return _Later(function, arguments)
@@ -44,10 +47,10 @@ class _Later:
 
 
 class Processes:
-    """Calls in processes, each with a thread here that talks to it."""
+    """Calls in child processes. For each one, a thread here sends tasks and receives results."""
 
     def __init__(self, pool: ThreadPoolExecutor, free: list["subprocess.Popen[bytes]"]):
-        self.pool, self.free, self.workers = pool, free, len(free)
+        self.pool, self.free, self.ahead = pool, free, 2 * len(free)
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> "Future[Any]":
         return self.pool.submit(self._call, pickle.dumps((function, arguments)))
@@ -71,10 +74,10 @@ class Processes:
 @contextmanager
 def processes(workers: int) -> Iterator[Processes]:
     """An executor of so many processes, which end with the block, or with this process, however it ends."""
-    path = os.pathsep.join(filter(None, sys.path))
+    environment = os.environ | SINGLE | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with ExitStack() as stack:
         started = [stack.enter_context(subprocess.Popen([sys.executable, "-c", SERVE], stdin=subprocess.PIPE,
-                                                        stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path}))
+                                                        stdout=subprocess.PIPE, env=environment))
                    for _ in range(workers)]
         pool = ThreadPoolExecutor(workers, "readers")
         try:
@@ -84,7 +87,10 @@ def processes(workers: int) -> Iterator[Processes]:
 
 
 def serve() -> None:
-    """In such a process: do what standard input asks for, until it is closed."""
+    """The main loop of a child process: run the calls that are read from standard input until it closes. Signals to the
+    whole group are for the parent, which may still need batches to reach its end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     answers = sys.stdout.buffer
     sys.stdout = sys.stderr  # whatever a library prints
     while True:
@@ -93,8 +99,9 @@ def serve() -> None:
         except EOFError:
             return
         try:
-            answer = (False, function(*arguments))
+            data = pickle.dumps((False, function(*arguments)), pickle.HIGHEST_PROTOCOL)
         except Exception as error:
-            answer = (True, error)
-        pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
+            error.add_note(f"in a process that decodes images:\n{traceback.format_exc()}")
+            data = pickle.dumps((True, error))
+        answers.write(data)
         answers.flush()

@@ -129,21 +129,27 @@ class Lane:
 def lane_batches(plan: Plan, lanes: Sequence[int], start: int, stop: int, device: torch.device,
                  encode: Callable[[Sequence[str]], torch.Tensor] | None = None, executor: Executor = InProcess()
                  ) -> Generator[list[LaneBatch], None, None]:
-    """This rank's `lanes` for every step from `start` to `stop`. `encode` turns prompts into text features; None: the
-    conditions are labels. An executor that has workers is kept busy with the steps that come next."""
+    """This rank's `lanes` for every step from `start` to `stop`. `encode` turns the prompts of a step into text
+    features; None: the conditions are labels. An executor that works beside this process is kept busy with the steps
+    that come next."""
+    import torch
+
     lane_size = plan.order.lane_size
     whole = lane_size * len(lanes)
-    ahead = 2 * executor.workers + -(-whole // PIECE) if executor.workers else 0
+    ahead = executor.ahead + -(-whole // PIECE) if executor.ahead else 0
     with contextlib.closing(read_rows(plan, lanes, start, stop, threads=READS if ahead else 0)) as rows:
         samples = decoded(rows, plan.image_size, executor, ahead)
         while step := [*itertools.islice(samples, whole)]:
-            yield [_lane_batch(step[i:i + lane_size], device, encode) for i in range(0, whole, lane_size)]
+            conditions: list[Any] = [row.condition for row, _ in step]
+            condition = torch.tensor(conditions) if encode is None else encode(conditions)
+            yield [_lane_batch(step[i:i + lane_size], condition[i:i + lane_size], device)
+                   for i in range(0, whole, lane_size)]
 
 
 def read_rows(plan: Plan, lanes: Sequence[int], start: int, stop: int, threads: int
               ) -> Generator[Row, None, None]:
-    """The rows in the order of training: steps, within them lanes, within them samples. With threads, one reads a
-    window ahead, and lets the others wait for storage."""
+    """The rows in the order of training: steps, within them lanes, within them samples. If `threads` is not 0, the
+    next window is read in the background, for up to `threads` lanes at once."""
     readers = [Lane(plan, lane) for lane in lanes]
     with contextlib.ExitStack() as stack:
         each = stack.enter_context(ThreadPoolExecutor(threads, "lanes")).map if threads else map
@@ -165,7 +171,8 @@ def in_background(items: Iterator[T]) -> Generator[T, None, None]:
 
 
 def decoded(rows: Iterator[Row], size: int, executor: Executor, ahead: int) -> Iterator[tuple[Row, np.ndarray]]:
-    """Each row with its image (size, size, 3), of which the executor has so many tasks in hand."""
+    """Each row with its decoded image (size, size, 3). Up to `ahead` more tasks are submitted before a result is waited
+    for."""
     pending: deque[tuple[list[Row], Result]] = deque()
     while True:
         while len(pending) <= ahead and (piece := [*itertools.islice(rows, PIECE)]):
@@ -186,14 +193,12 @@ def resized(image: np.ndarray, size: int) -> np.ndarray:
     return image if len(image) == size else adm_crop(Image.fromarray(image), size)
 
 
-def _lane_batch(samples: Sequence[tuple[Row, np.ndarray]], device: torch.device,
-                encode: Callable[[Sequence[str]], torch.Tensor] | None) -> LaneBatch:
+def _lane_batch(samples: Sequence[tuple[Row, np.ndarray]], condition: torch.Tensor, device: torch.device
+                ) -> LaneBatch:
     import torch
 
     from pixelgen.train import LaneBatch
 
     rows = [row for row, _ in samples]
     images = torch.from_numpy(np.stack([image for _, image in samples])).permute(0, 3, 1, 2).contiguous().to(device)
-    conditions: list[Any] = [row.condition for row in rows]
-    condition = torch.tensor(conditions) if encode is None else encode(conditions)
     return LaneBatch(rows[0].step, rows[0].lane, [row.key for row in rows], images, condition.to(device))

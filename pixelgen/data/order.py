@@ -32,6 +32,8 @@ class Order:
         for number, (rows, weight, quota) in enumerate(zip(self.rows, self.weights, self.quotas, strict=True)):
             require(quota > 0, f"source {number} of the mixture has weight {weight:g}, less than one image in "
                     f"{WINDOW * self.lane_size}: raise it or leave the source out")
+            require(sum(rows) >= self.lanes, f"source {number} of the mixture has {sum(rows)} training images, fewer "
+                    f"than fit.lanes {self.lanes}: lower that, add data, or leave the source out")
             require(sum(rows) * WINDOW >= quota * self.lanes, f"{sum(rows)} training images are fewer than one batch "
                     f"of {-(-quota * self.lanes // WINDOW)}: lower fit.batch_size or add data")
 

@@ -58,7 +58,7 @@ class Shard:
     file: File
     rows: int
     sha256: str  # of the whole file
-    described: str = ""  # its pieces, in few bytes; none: written before shards had row groups, and read as a whole
+    described: str = ""  # the text form of `pieces`; empty for a shard from before row groups, which is read whole
 
     @property
     def pieces(self) -> list[Piece]:
@@ -149,7 +149,7 @@ def _shard(locate: Callable[[Mapping[str, Any]], File], file: Mapping[str, Any],
 
 
 class _Piece(io.RawIOBase):
-    """A file of which only one piece is here: what a reader that knows the footer asks for."""
+    """Stands for a whole file but holds the bytes of one piece: enough for a Parquet reader that has the footer."""
 
     def __init__(self, data: bytes, start: int, size: int):
         self.data, self.start, self.size, self.place = data, start, size, 0

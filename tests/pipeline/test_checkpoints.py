@@ -113,16 +113,21 @@ def test_a_full_disk_is_not_taken_for_damage(checkpoints, tmp_path, monkeypatch)
 
 
 def test_a_checkpoint_that_cannot_be_deleted_stops_nothing_and_is_told_of(checkpoints, monkeypatch):
-    def refuse(self, name):
-        raise PermissionError(13, "Permission denied", name)
+    delete = LocalStore.delete
 
+    def refuse(self, name):
+        if "1.pt" in name:
+            raise PermissionError(13, "Permission denied", name)
+        delete(self, name)
+
+    save(checkpoints, 1, 2, keep=2)
     checkpoints.store.write(module.NOTES, b"training goes on from step 0\n")
     monkeypatch.setattr(LocalStore, "delete", refuse)
-    save(checkpoints, 1, 2, keep=1)
-    assert checkpoints.steps() == [1, 2]
+    save(checkpoints, 3, keep=1)
+    assert checkpoints.steps() == [1, 3]
     assert checkpoints.store.read(module.NOTES).decode() == (
         "training goes on from step 0\n"
-        "an old checkpoint stays, since it cannot be deleted: [Errno 13] Permission denied: "
+        "old checkpoints stay that cannot be deleted: [Errno 13] Permission denied: "
         "'checkpoints/step-00000001.pt.json'\n")
 
 

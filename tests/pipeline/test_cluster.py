@@ -51,12 +51,13 @@ def test_what_a_cluster_file_states_is_taken_at_its_word(monkeypatch):
             Cluster("auto", workers, 1.0, gpus, 1, 0, 1, "self")
 
 
-@pytest.mark.parametrize(("readers", "gpus", "reading"), [
-    ("self", 8, ("self", 0)), ("processes(3)", 0, ("processes", 3)), ("tasks(12)", 0, ("tasks", 12)),
-    (None, 0, ("self", 0)), (None, 2, ("processes", 16 // 2 - 3)), (None, 16, ("processes", 1))])
-def test_who_decodes(monkeypatch, readers, gpus, reading):
+@pytest.mark.parametrize(("readers", "gpus", "cpus", "reading"), [
+    ("self", 8, 16, ("self", 0)), ("processes(3)", 0, 16, ("processes", 3)), ("tasks(12)", 0, 16, ("tasks", 12)),
+    (None, 0, 16, ("self", 0)), (None, 2, 16, ("processes", 16 // 2 - 3)), (None, 16, 16, ("processes", 1)),
+    (None, 1, 192, ("processes", 16))])
+def test_who_decodes(monkeypatch, readers, gpus, cpus, reading):
     monkeypatch.setattr(cluster, "visible_gpus", lambda: gpus)
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cpus))
     assert Cluster(None, None, 1.0, None, 3, 0, 1, readers).reading == reading
 
 

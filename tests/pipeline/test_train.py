@@ -20,6 +20,7 @@ from pipeline.storage import Storage, fresh_directory
 from pipeline.store import LocalStore, StorageError
 from pixelgen.checkpoint import read_state
 from pixelgen.config import ObjectiveConfig
+from pixelgen.errors import UserError
 from pixelgen.objective import Objective
 from pixelgen.train import Step, create_state
 from tests.pixelgen.conftest import StandInDino, lane_batch, tiny_config
@@ -144,6 +145,12 @@ def test_a_curve_that_a_full_disk_or_a_power_cut_has_left_is_gone_on_with(params
     assert (curve.path.read_text() if curve.path.exists() else "") == kept
     curve.append({"step": 5, "loss": 0.25, "rate": 9})
     assert curve.path.read_text() == (kept or "step,loss,rate\n") + "5,0.25,9\n"
+
+
+def test_too_little_memory_of_a_gpu_names_the_remedy():
+    with (pytest.raises(UserError, match="lower lanes_per_pass 4 in the cluster file.*Tried to allocate 9 GiB"),
+          rank.enough_memory(Cluster(None, 1, 1.0, 1.0, 1, 0, 4, "self"))):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
 
 def test_what_is_recorded_when(params, tmp_path):

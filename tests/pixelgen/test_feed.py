@@ -153,11 +153,11 @@ def test_larger_images_are_resized_as_adm_does(split):
 
 
 def test_processes_are_kept_busy_and_no_further(split):
-    """Two decode, and each has one more piece waiting, beside the step that is asked for."""
+    """Four pieces beside the step that is asked for."""
     plan, asked = plan_of(split, batch_size=PIECE, lanes=1), []
 
     class Counting(InProcess):
-        workers = 2
+        ahead = 4
 
         def submit(self, function, *arguments):
             asked.append(arguments)
@@ -165,7 +165,7 @@ def test_processes_are_kept_busy_and_no_further(split):
 
     steps = lane_batches(plan, [0], 0, 100, torch.device("cpu"), None, Counting())
     next(steps)
-    assert len(asked) == 2 * 2 + 1 + 1
+    assert len(asked) == 4 + 1 + 1
     steps.close()
 
 
@@ -287,6 +287,21 @@ def test_what_a_process_raises_is_raised_here(kind):
         with pytest.raises(kind, match="as it was raised"):
             executor.submit(fail, kind).result()
         assert executor.submit(os.getpid).result() != os.getpid(), "and it goes on"
+
+
+def test_what_a_process_raises_keeps_its_traceback():
+    with processes(1) as executor:
+        with pytest.raises(ValueError) as raised:
+            executor.submit(fail, ValueError).result()
+        assert "in fail" in "".join(raised.value.__notes__)
+
+
+def test_a_signal_to_the_whole_group_leaves_the_processes_to_their_parent():
+    with processes(1) as executor:
+        pid = executor.submit(os.getpid).result()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(pid, number)
+        assert executor.submit(os.getpid).result() == pid
 
 
 def test_a_process_that_is_killed_is_named():

@@ -185,7 +185,8 @@ def test_three_ranks_go_on_with_the_same_bits(tmp_path):
 
 def test_a_compiled_model_gives_the_balance_too(monkeypatch):
     """The balance needs a graph twice, after steps whose backward pass was compiled to use it once."""
-    monkeypatch.setattr(JiT, "compile", lambda self: torch.nn.Module.compile(self, backend="aot_eager"))
+    monkeypatch.setattr(JiT, "compile", lambda self, dynamic: torch.nn.Module.compile(
+        self, backend="aot_eager", dynamic=dynamic))
     compiled, plain = fresh_state(), fresh_state()
     goal = objective(balance_start=2)
     train(compiled, 4, goal=goal, compile=True)

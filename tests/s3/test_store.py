@@ -338,8 +338,8 @@ def test_the_server_sends_hardly_more_than_the_rows_that_are_used(dataset, fault
 
 
 @pytest.mark.parametrize(("fault", "told"), [
-    (flip_bit, "row group 2 of {}.* is not what the manifest describes .sha256 differs.: delete .*/out/shard/large"),
-    (error(404, "NoSuchKey"), "{}.* is in the manifest but not there: delete .*/out/shard/large and run `dvc repro`"),
+    (flip_bit, "row group 2 of {}.* is not what the manifest describes .sha256 differs.: delete that object and"),
+    (error(404, "NoSuchKey"), "{}.* is in the manifest but not there.* `dvc repro --force --single-item shard@large`"),
     (error(416, "InvalidRange"), "{}.*; it is shorter than what was written: `python -m pipeline.verify`")])
 def test_a_damaged_object_is_named_with_its_row_group(dataset, faults, fault, told, root):
     split = dataset.split("train")
