@@ -22,7 +22,7 @@ from PIL import Image
 from pixelgen.data.executors import InProcess, processes
 from pixelgen.data.feed import Plan, Source, lane_batches, read_rows
 from pixelgen.data.order import WINDOW
-from pixelgen.data.shards import File, LocalFile, Shard, Split, describe, encode_shard
+from pixelgen.data.shards import File, LocalFile, Shard, Split, describe_pieces, encode_shard
 
 LANES = ((2, 32), (32, 8), (192, 8), (512, 8))  # how many, and images of each in a step
 COUNT, SHARD, BATCH, SKIPPED, ROUNDS = 4000, 1000, 32, 20, 3
@@ -58,7 +58,7 @@ def row(number: int, image: bytes) -> dict[str, object]:
 def write_shard(path: Path, rows: list[dict[str, object]]) -> Shard:
     data = encode_shard(rows)
     path.write_bytes(data)
-    return Shard(LocalFile(path), len(rows), hashlib.sha256(data).hexdigest(), describe(data))
+    return Shard(LocalFile(path), len(rows), hashlib.sha256(data).hexdigest(), describe_pieces(data))
 
 
 def photograph(random: np.random.Generator) -> bytes:

@@ -146,7 +146,6 @@ class Writer:
         except BaseException as error:
             self.error = error
 
-
     def _prune(self) -> None:
         """What cannot be deleted now may be after the next checkpoint: no reason to stop a training."""
         if left := self.checkpoints.prune(self.keep, self.every):

@@ -11,9 +11,7 @@ from tqdm import tqdm
 
 from pipeline.checkpoints import NOTES
 from pipeline.recorders import CURVE
-from pipeline.store import StorageError, Store
-
-FAR_SECONDS = 10.0  # between looks at a store that is far away
+from pipeline.store import FAR_SECONDS, StorageError, Store
 
 
 class Progress:

@@ -18,7 +18,7 @@ from pipeline.readers import readers
 from pipeline.recorders import Curve, Grids, Saves
 from pipeline.runs import lease, whole_tracebacks
 from pipeline.storage import Artifact
-from pipeline.store import StorageError, Store, on_disk
+from pipeline.store import FAR_SECONDS, StorageError, Store, on_disk
 from pixelgen.checkpoint import load_state, start_from
 from pixelgen.config import DenoiserConfig, FitConfig, ObjectiveConfig, require
 from pixelgen.data.feed import Plan, Source, lane_batches
@@ -33,7 +33,6 @@ from pixelgen.train import NonFiniteError, Recorder, TrainState, create_state, t
 
 GRID_IMAGES = 50
 FAILURE, STOP = "failure.txt", "stop"  # in the run's store
-STOP_SECONDS = 10.0  # between looks at a store that is far away
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ def silence() -> Iterator[list[Recorder]]:
 
 def stop_requested(run: Run) -> Callable[[], bool]:
     """Whether the driver has asked for an end; asked again only after a while where asking costs something."""
-    pause, asked = (STOP_SECONDS if run.store.far else 0.0), 0.0
+    pause, asked = (FAR_SECONDS if run.store.far else 0.0), 0.0
 
     def requested() -> bool:
         nonlocal asked

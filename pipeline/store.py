@@ -25,6 +25,7 @@ from pixelgen.files import atomic, read_range
 
 PART = 64 << 20  # bytes of a part of a large object; S3 allows 10,000 of them
 ATTEMPTS = 8  # at every request, with a growing pause between them
+FAR_SECONDS = 10.0  # between looks at a store that is far away
 PATIENCE = 60.0  # seconds without a byte, at each attempt
 LARGEST_SKEW = 300  # seconds that the clock may be wrong: S3 refuses from 900 on
 REMEDIES = {

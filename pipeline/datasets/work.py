@@ -31,7 +31,7 @@ from pipeline.datasets import (
 )
 from pipeline.params import DatasetParams
 from pipeline.storage import Storage, read_sealed, write_sealed
-from pixelgen.data.shards import describe, encode_shard
+from pixelgen.data.shards import describe_pieces, encode_shard
 from pixelgen.images import adm_crop, plain_crop
 
 SOURCES: dict[str, Source] = {  # by format
@@ -77,7 +77,7 @@ def write_job(job: Job, data: DatasetParams, storage: Storage, run: Path) -> str
         written = encode_shard(bucket)
         kept = storage.keep(run / "shards", name, written)
         report["shards"].append({"split": split, "pixels": size, "rows": len(bucket), "file": kept,
-                                 "pieces": describe(written),
+                                 "pieces": describe_pieces(written),
                                  "labels": [row["label"] for row in bucket]})
 
     for key, load in SOURCES[source.format].read(data, source, job.task):

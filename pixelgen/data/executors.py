@@ -30,20 +30,14 @@ class Executor(Protocol):
 
 
 class InProcess:
-    """Calls right here, when the result is asked for: a debugger can stop there."""
+    """Calls right here, so that a debugger can stop there."""
 
     ahead = 0
 
-    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Result:
-        return _Later(function, arguments)
-
-
-class _Later:
-    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]):
-        self.function, self.arguments = function, arguments
-
-    def result(self) -> Any:
-        return self.function(*self.arguments)
+    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> "Future[Any]":
+        done: Future[Any] = Future()
+        done.set_result(function(*arguments))
+        return done
 
 
 class Processes:

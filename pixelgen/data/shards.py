@@ -183,7 +183,7 @@ def encode_shard(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return bytes(sink.getvalue().to_pybytes())
 
 
-def describe(data: bytes) -> str:
+def describe_pieces(data: bytes) -> str:
     """A shard's row groups and footer, from the bytes of its file: rows:end:sha256 of each piece. A dataset of millions
     has hundreds of thousands of them, so they are a text and no list."""
     footer = pq.read_metadata(pa.BufferReader(data))

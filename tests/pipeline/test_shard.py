@@ -23,8 +23,7 @@ from pipeline.stages import shard
 from pipeline.storage import Storage, check_file, describe
 from pipeline.store import StorageError
 from pixelgen.config import ConfigError
-from pixelgen.data.shards import SCHEMA, read_images
-from pixelgen.data.shards import describe as describe_pieces
+from pixelgen.data.shards import SCHEMA, describe_pieces, read_images
 from pixelgen.images import adm_crop, plain_crop
 from tests.pipeline.folders import (
     SIZE,

@@ -28,7 +28,7 @@ from pixelgen.data.shards import (
     Shard,
     ShardError,
     Split,
-    describe,
+    describe_pieces,
     encode_shard,
     open_split,
     read_images,
@@ -58,7 +58,7 @@ def shard_file(path, rows, whole=False):
     """A shard in a file; `whole`: as it was written before shards had row groups."""
     data = encode_shard(rows)
     path.write_bytes(data)
-    return Shard(LocalFile(path), len(rows), hashlib.sha256(data).hexdigest(), "" if whole else describe(data))
+    return Shard(LocalFile(path), len(rows), hashlib.sha256(data).hexdigest(), "" if whole else describe_pieces(data))
 
 
 def row(number, image):

@@ -20,7 +20,7 @@ from pipeline.store import LocalStore, S3Store, StorageError, open_store, prefli
 from pixelgen.checkpoint import read_state
 from pixelgen.data.feed import Plan, Source, read_rows
 from pixelgen.data.order import WINDOW
-from pixelgen.data.shards import describe, encode_shard
+from pixelgen.data.shards import describe_pieces, encode_shard
 from pixelgen.errors import UserError
 from tests.s3.proxy import Answer, error, flip_bit, hold, lose_answer, reset, reset_in_body, truncate
 
@@ -315,7 +315,7 @@ def dataset(root, tmp_path, monkeypatch):
     for number in range(12):
         data = encode_shard([{"key": f"{number}-{n}", "image": os.urandom(500), "label": n} for n in range(300)])
         (folder / f"{number}.parquet").write_bytes(data)
-        shards.append({"path": f"{number}.parquet", "rows": 300, "size": 8, "pieces": describe(data)})
+        shards.append({"path": f"{number}.parquet", "rows": 300, "size": 8, "pieces": describe_pieces(data)})
     Storage(root).publish(folder, "dataset", {}, sources={"all": {"splits": {"train": {"shards": shards}}}})
     return Storage(root).open(folder, "dataset")
 
