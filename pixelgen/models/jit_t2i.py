@@ -106,7 +106,9 @@ class PatchEmbedder(nn.Module):
         self.proj2 = nn.Linear(bottleneck, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj2(self.proj1(F.unfold(x, self.patch, stride=self.patch).transpose(1, 2)))
+        p = self.patch
+        patches = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, 3, G, P, G, P)
+        return self.proj2(self.proj1(patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)))
 
 
 class TextEmbedder(nn.Module):
@@ -183,6 +185,6 @@ class Head(nn.Module):
         self.linear = nn.Linear(width, 3 * patch**2)
 
     def forward(self, x: Tensor) -> Tensor:
-        patches = self.linear(self.norm(x)).transpose(1, 2)  # (B, 3·P·P, N)
-        side = int(patches.shape[2] ** 0.5) * self.patch
-        return F.fold(patches, (side, side), self.patch, stride=self.patch)
+        grid, p = int(x.shape[1] ** 0.5), self.patch
+        x = self.linear(self.norm(x)).unflatten(2, (3, p, p)).unflatten(1, (grid, grid))  # (B, G, G, 3, P, P)
+        return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pixelgen.config import ConfigError
-from pixelgen.models import SIZES, denoiser_config
+from pixelgen.models import SIZES, denoiser_config, jit_t2i
 from pixelgen.models.jit import JiT
 from pixelgen.models.jit_t2i import JiTText
 from pixelgen.models.layers import (
@@ -185,3 +185,14 @@ def test_position_table():
     assert torch.equal(table[0, :, :8], table[2, :, :8]), "the first half encodes the column"
     assert torch.equal(table[:, 0, 8:], table[:, 2, 8:]), "the second half encodes the row"
     assert len(table.view(9, 16).unique(dim=0)) == 9
+
+
+def test_text_denoiser_cuts_and_joins_patches_as_unfold_and_fold_do():
+    """As the published weights expect them: patches row by row, the channel slowest inside one."""
+    images, linear = some_images(2, 24), torch.nn.functional.linear
+    embedder, head = jit_t2i.PatchEmbedder(8, 5, 7), jit_t2i.Head(16, 8)
+    wanted = embedder.proj2(embedder.proj1(torch.nn.functional.unfold(images, 8, stride=8).transpose(1, 2)))
+    assert torch.equal(embedder(images), wanted)
+    tokens = torch.randn(2, 9, 16)
+    patches = linear(head.norm(tokens), head.linear.weight, head.linear.bias).transpose(1, 2)
+    assert torch.equal(head(tokens), torch.nn.functional.fold(patches, (24, 24), 8, stride=8))
