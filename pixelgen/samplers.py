@@ -1,7 +1,8 @@
 """Samplers: integrate dx/dt = v(x, t) from noise (t = 0) to an image (t = 1).
 
-Each sampler is a function of a velocity field, the noise and the times. The field is called as `v(x, t, at)`: `t` is
-where it is evaluated, `at` the start of the step, which alone decides whether guidance acts. `guided_velocity` makes
+Each sampler is a function of a velocity field, the noise and the times, which are on the CPU, so that nothing waits for
+the device. The field is called as `v(x, t, at)`: `t` is where it is evaluated, `at` the start of the step, which alone
+decides whether guidance acts. `guided_velocity` makes
 such a field from an x-prediction denoiser, and `sample` puts the two together.
 """
 
@@ -36,6 +37,7 @@ def guided_velocity(denoise: Denoise, condition: Tensor, null: Tensor | None, gu
     def field(x: Tensor, t: Tensor, at: Tensor) -> Tensor:
         low, high = at.new_tensor(interval)
         inside = bool(low < at) and bool(at <= high if include_high else at < high)
+        t = t.to(x.device, non_blocking=True)
         if guidance == 1 or not inside:
             times = t.expand(len(x))
             return velocity(denoise(x, times, condition), x, times)
@@ -85,7 +87,7 @@ def adams_bashforth(v: Velocity, noise: Tensor, times: Tensor, callback: Callbac
     past: list[Tensor] = []
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
         past = [*past, v(x, t, t)][-order:]
-        weights = adams_weights(times[i + 1 - len(past): i + 1], t, t_next).to(x)
+        weights = adams_weights(times[i + 1 - len(past): i + 1], t, t_next).to(x.dtype)
         slope = torch.stack([w * p for w, p in zip(weights, past, strict=True)]).sum(0)
         if callback:
             callback(i, x, slope)
@@ -94,9 +96,9 @@ def adams_bashforth(v: Velocity, noise: Tensor, times: Tensor, callback: Callbac
 
 
 def adams_weights(nodes: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """Weights (k,) of velocities at `nodes`: means over [start, end] of their Lagrange polynomials. In float64 and on
-    the CPU, wherever the nodes are."""
-    nodes, start, end = (v.double().cpu() for v in (nodes, start, end))
+    """Weights (k,) of velocities at `nodes`: means over [start, end] of their Lagrange polynomials. In
+    float64."""
+    nodes, start, end = nodes.double(), start.double(), end.double()
     # In s = (t - start)/(end - start) the mean of s^j is 1/(j+1), so that Vᵀ·w = (1, 1/2, …, 1/k) with V the
     # Vandermonde matrix of the nodes: the weights integrate every polynomial of degree below k exactly.
     s = (nodes - start) / (end - start)
@@ -109,7 +111,7 @@ def sample(denoise: Denoise, noise: Tensor, condition: Tensor, null: Tensor | No
     """Images in about [-1, 1] from `noise` (B, 3, H, W), as `config` says. `condition` and `null` have B rows."""
     v = guided_velocity(denoise, condition, null, config.guidance, config.interval,
                         include_high=config.name != "adams_bashforth")
-    times = sampling_times(config.steps, config.timeshift).to(noise.device)
+    times = sampling_times(config.steps, config.timeshift)
     if config.name == "euler":
         return euler(v, noise, times, callback)
     if config.name == "heun":

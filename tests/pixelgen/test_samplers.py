@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
 
 from pixelgen.config import SamplerConfig
 from pixelgen.path import shift_time
@@ -101,12 +100,12 @@ def test_guidance_is_linear_between_the_conditions():
     torch.testing.assert_close(guided(3.0, null=CONDITION)[0], conditional)
 
 
-def test_adams_weights_are_found_for_times_on_any_device():
-    """Times that lie on a GPU, in a tracer that knows of devices and needs none."""
-    with FakeTensorMode():
-        nodes = torch.empty(3, device="cuda")
-        weights = adams_weights(nodes, nodes[2], nodes[1])
-        assert (weights.device.type, weights.to(nodes).device.type) == ("cpu", "cuda")
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_nothing_waits_for_the_device(config):
+    """On a device without numbers: to ask for one is an error."""
+    noise, condition = torch.empty(2, 3, 4, 4, device="meta"), torch.empty(2, 1, device="meta")
+    x = sample(lambda x, t, y: x * t.view(-1, 1, 1, 1), noise, condition, condition, config)
+    assert x.device.type == "meta" and x.shape == noise.shape
 
 
 def test_guidance_acts_above_the_low_end_and_up_to_the_high_one():
