@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 from pixelgen import PixelGen
@@ -69,6 +70,26 @@ def test_padding_is_on_the_right_and_no_token_sees_it(encoder):
 def test_half_precision(folder):
     low = load_text_encoder(folder, LENGTH, precision="bf16")
     assert low.network.dtype == torch.bfloat16 and low(["a"]).dtype == torch.float32
+
+
+def test_attention_to_nothing_gives_zero_on_every_device(encoder):
+    """Of the kernels that may run, every one gives 0 for a token that may look at none. cuDNN's does not."""
+    allowed = []
+    with encoder.network.register_forward_pre_hook(lambda *_: allowed.append(_cur_sdpa_kernel_backends())):
+        encoder([""])
+    assert set(allowed[0]) == {SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH}
+    q = torch.ones(1, 1, 4, 8)
+    nothing = torch.nn.functional.scaled_dot_product_attention(q, q, q, torch.zeros(4, 4, dtype=torch.bool))
+    assert not nothing.any()
+
+
+def test_what_runs_is_what_was_compiled(folder, encoder, monkeypatch):
+    """Without torch's compiler: it would start threads, which the tests that fork could not do with."""
+    called = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *a, **k: called.append(1) or function(*a, **k))
+    compiled = load_text_encoder(folder, LENGTH)
+    compiled.compile()
+    assert torch.equal(compiled(["a red", ""]), encoder(["a red", ""])) and called == [1]
 
 
 def test_a_folder_without_an_encoder_is_named(tmp_path):
