@@ -134,16 +134,33 @@ def lane_batches(plan: Plan, lanes: Sequence[int], start: int, stop: int, device
     that come next."""
     import torch
 
+    from pixelgen.train import LaneBatch
+
     lane_size = plan.order.lane_size
     whole = lane_size * len(lanes)
     ahead = executor.ahead + -(-whole // PIECE) if executor.ahead else 0
     with contextlib.closing(read_rows(plan, lanes, start, stop, threads=READS if ahead else 0)) as rows:
-        samples = decoded(rows, plan.image_size, executor, ahead)
-        while step := [*itertools.islice(samples, whole)]:
-            conditions: list[Any] = [row.condition for row, _ in step]
-            condition = torch.tensor(conditions) if encode is None else encode(conditions)
-            yield [_lane_batch(step[i:i + lane_size], condition[i:i + lane_size], device)
-                   for i in range(0, whole, lane_size)]
+        steps = gathered(decoded(rows, plan.image_size, executor, ahead), whole, pinned=device.type == "cuda")
+        with contextlib.closing(in_background(steps) if ahead else steps) as coming:
+            for chosen, pixels in coming:
+                conditions: list[Any] = [row.condition for row in chosen]
+                condition = torch.tensor(conditions) if encode is None else encode(conditions)
+                condition = condition.to(device, non_blocking=True)
+                images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
+                yield [LaneBatch(of_lane[0].step, of_lane[0].lane, [row.key for row in of_lane],
+                                 images[i:i + lane_size].contiguous(), condition[i:i + lane_size])
+                       for i in range(0, whole, lane_size) for of_lane in [chosen[i:i + lane_size]]]
+
+
+def gathered(samples: Iterator[tuple[Row, np.ndarray]], count: int, pinned: bool
+             ) -> Generator[tuple[list[Row], torch.Tensor], None, None]:
+    """The rows of each step with their images (count, size, size, 3), `pinned` so that a GPU takes them beside its
+    work."""
+    import torch
+
+    while step := [*itertools.islice(samples, count)]:
+        images = torch.from_numpy(np.stack([image for _, image in step]))
+        yield [row for row, _ in step], images.pin_memory() if pinned else images
 
 
 def read_rows(plan: Plan, lanes: Sequence[int], start: int, stop: int, threads: int
@@ -191,14 +208,3 @@ def decode_images(encoded: Sequence[bytes], size: int) -> np.ndarray:
 def resized(image: np.ndarray, size: int) -> np.ndarray:
     """A stored image (S, S, 3) at the size of the training, S being that or larger."""
     return image if len(image) == size else adm_crop(Image.fromarray(image), size)
-
-
-def _lane_batch(samples: Sequence[tuple[Row, np.ndarray]], condition: torch.Tensor, device: torch.device
-                ) -> LaneBatch:
-    import torch
-
-    from pixelgen.train import LaneBatch
-
-    rows = [row for row, _ in samples]
-    images = torch.from_numpy(np.stack([image for _, image in samples])).permute(0, 3, 1, 2).contiguous().to(device)
-    return LaneBatch(rows[0].step, rows[0].lane, [row.key for row in rows], images, condition.to(device))

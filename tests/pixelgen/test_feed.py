@@ -153,7 +153,7 @@ def test_larger_images_are_resized_as_adm_does(split):
 
 
 def test_processes_are_kept_busy_and_no_further(split):
-    """Four pieces beside the step that is asked for."""
+    """Four pieces beside the step that is asked for and the one that is made ready."""
     plan, asked = plan_of(split, batch_size=PIECE, lanes=1), []
 
     class Counting(InProcess):
@@ -165,8 +165,8 @@ def test_processes_are_kept_busy_and_no_further(split):
 
     steps = lane_batches(plan, [0], 0, 100, torch.device("cpu"), None, Counting())
     next(steps)
-    assert len(asked) == 4 + 1 + 1
-    steps.close()
+    steps.close()  # once the step after it is there
+    assert len(asked) == 4 + 1 + 1 + 1
 
 
 @pytest.mark.parametrize("leave", ["closed", "an error"])
