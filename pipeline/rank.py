@@ -28,6 +28,7 @@ from pixelgen.encoders.lpips import load_lpips
 from pixelgen.encoders.text import TextEncoder, load_text_encoder
 from pixelgen.errors import UserError
 from pixelgen.generate import PixelGen
+from pixelgen.models.speed import store_in_bf16
 from pixelgen.objective import Objective
 from pixelgen.train import NonFiniteError, Recorder, TrainState, create_state, train
 
@@ -86,6 +87,8 @@ def train_rank(run: Run, rank: int, world: int, device: torch.device) -> None:
     weights = run.weights.local()
     text = build_text(params, weights, device)
     objective = build_objective(params, weights, text, device)
+    if params.fit.compile and text:
+        text.compile()
     state = create_state(params.denoiser.resolve(), objective, params.optimizer, params.fit.seed, device)
     run.directory.mkdir(parents=True, exist_ok=True)
     if rank == 0:
@@ -206,6 +209,9 @@ def build_objective(params: TrainParams, weights: Path, text: TextEncoder | None
     null = text([""])[0] if text else torch.tensor(params.denoiser.num_classes, device=device)
     dino = load_dino(weights / "dino", d.image_size // d.patch_size).to(device) if uses_dino(o) else None
     lpips = load_lpips(weights / "lpips").to(device) if o.lpips_weight else None
+    if params.fit.precision == "bf16":
+        for network in filter(None, (dino, lpips)):
+            store_in_bf16(network)
     return Objective(o, d.patch_size, null, dino, lpips)
 
 

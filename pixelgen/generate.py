@@ -14,6 +14,7 @@ from pixelgen.errors import CheckpointError
 from pixelgen.images import to_uint8
 from pixelgen.models.jit import JiT
 from pixelgen.models.jit_t2i import JiTText
+from pixelgen.models.speed import compile_blocks, store_in_bf16
 from pixelgen.samplers import Callback, sample
 
 
@@ -56,8 +57,10 @@ class PixelGen:
             text = load_text_encoder(text_encoder, c.text_length, device, precision)
             require(text.width == c.text_width, f"{text_encoder} gives features of width {text.width}, {directory} was "
                     f"trained on {c.text_width}: it is another text encoder")
+        if precision == "bf16":
+            store_in_bf16(denoiser)
         if compile:
-            denoiser.compile()
+            compile_blocks(denoiser)
         return cls(denoiser.to(device), precision, text)
 
     def generate(self, wanted: Sequence[int] | Sequence[str], seeds: Sequence[int],

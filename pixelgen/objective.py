@@ -27,7 +27,8 @@ REFERENCE_PATCH = 16  # denoiser patch at which LPIPS sees the images at their o
 @dataclass(frozen=True)
 class Draws:
     """Everything random of some samples: noise (B, 3, H, W), times (B,), conditions after they were dropped (B, ...),
-    and the masks of the denoiser's dropout, of every block (B, ...)."""
+    and the masks of the denoiser's dropout, of every block (B, ...). Times are on the CPU: which samples pass the gate
+    is known there without waiting for the device."""
 
     noise: Tensor
     t: Tensor
@@ -82,8 +83,8 @@ class Objective:
         """All that is random from the default generators, which the training step has seeded for a lane."""
         c = self.config
         noise = torch.randn_like(x)
-        t = draw_time(torch.randn(len(x), device=x.device), c.time_mean, c.time_std, c.timeshift)
-        drop = torch.rand(len(x), device=x.device) < c.condition_dropout
+        t = draw_time(torch.randn(len(x)), c.time_mean, c.time_std, c.timeshift)
+        drop = (torch.rand(len(x)) < c.condition_dropout).to(x.device, non_blocking=True)
         drop = drop.view(-1, *([1] * (condition.ndim - 1)))
         return Draws(noise, t, torch.where(drop, self.null, condition), draw_dropout(len(x)))
 
@@ -91,13 +92,11 @@ class Objective:
                  percept_weight: float, lanes: int = 1) -> Losses:
         """`model(x_t, t, condition, dropout)` gives the predicted clean image and REPA's projected tokens (or None);
         `x` are the clean images (B, 3, H, W) in [-1, 1], those of one lane after those of another."""
-        c, t = self.config, draws.t
+        c, t = self.config, draws.t.to(x.device, non_blocking=True)
         x_t = interpolate(x, draws.noise, t)
         prediction, projected = model(x_t, t, draws.condition, draws.dropout)
         prediction = prediction.float()
         terms = {"fm": lane_means(flow_matching(prediction, x, x_t, t), lanes)}
-        passes = t >= c.gate_threshold
-
         perceptual = torch.zeros(lanes, device=x.device)
         features: dict[int, Tensor] = {}
         if c.repa_weight or c.pdino_weight:
@@ -110,13 +109,12 @@ class Objective:
             assert projected is not None
             terms["repa"] = lane_means(feature_distance(projected, features[last]), lanes)
         if c.lpips_weight:
-            chosen = self._chosen("lpips", passes)
-            terms["lpips"] = chosen_means(self._lpips(prediction[chosen], x[chosen]), chosen, len(x), lanes)
+            counted = self._counted("lpips", draws.t, lanes, x.device)
+            terms["lpips"] = counted.means(self._lpips(counted.of(prediction), counted.of(x)))
             perceptual = perceptual + c.lpips_weight * terms["lpips"]
         if c.pdino_weight:
-            chosen = self._chosen("pdino", passes)
-            distance = self._pdino(prediction[chosen], features[c.pdino_block][chosen])
-            terms["pdino"] = chosen_means(distance, chosen, len(x), lanes)
+            counted = self._counted("pdino", draws.t, lanes, x.device)
+            terms["pdino"] = counted.means(self._pdino(counted.of(prediction), counted.of(features[c.pdino_block])))
             perceptual = perceptual + c.pdino_weight * terms["pdino"]
 
         total = terms["fm"] + percept_weight * perceptual
@@ -124,10 +122,19 @@ class Objective:
             total = total + c.repa_weight * terms["repa"]
         return Losses(total, terms["fm"], perceptual, terms)
 
-    def _chosen(self, term: str, passes: Tensor) -> Tensor:
-        """Indices of the samples that `term` counts; a perceptual network is run on these only."""
-        counted = passes if term in self.config.gated else torch.ones_like(passes)
-        return counted.nonzero().squeeze(1)
+    def compile(self) -> None:
+        """Have the frozen networks compiled when they are first run."""
+        for network in (self.dino, self.lpips):
+            if network is not None:
+                network.to(memory_format=torch.channels_last).compile()  # type: ignore[call-overload]
+
+    def _counted(self, term: str, t: Tensor, lanes: int, device: torch.device) -> "Counted":
+        """The samples that `term` counts, by their times on the CPU; a perceptual network is run on these only."""
+        if term not in self.config.gated:
+            return Counted(None, [len(t) // lanes] * lanes)
+        passes = t >= self.config.gate_threshold
+        rows = passes.nonzero().squeeze(1).to(device, non_blocking=True)
+        return Counted(rows, passes.view(lanes, -1).sum(1).tolist())
 
     def _lpips(self, prediction: Tensor, x: Tensor) -> Tensor:
         if not len(x):
@@ -151,11 +158,20 @@ def lane_means(values: Tensor, lanes: int) -> Tensor:
     return torch.stack([of_lane.mean() for of_lane in values.chunk(lanes)])
 
 
-def chosen_means(values: Tensor, chosen: Tensor, count: int, lanes: int) -> Tensor:
-    """Values (n,) of the `chosen` of `count` samples -> (lanes,): the mean of each lane, 0 where it has none: a gate
-    that no sample passes contributes nothing, and no NaN."""
-    counts = torch.bincount(chosen // (count // lanes), minlength=lanes).tolist()
-    return torch.stack([of_lane.sum() / max(len(of_lane), 1) for of_lane in values.split(counts)])
+@dataclass(frozen=True)
+class Counted:
+    """The samples that a term counts."""
+
+    rows: Tensor | None  # their indices; None: all
+    of_lane: list[int]  # how many of them are in each lane
+
+    def of(self, values: Tensor) -> Tensor:
+        return values if self.rows is None else values.index_select(0, self.rows)
+
+    def means(self, values: Tensor) -> Tensor:
+        """Values of these samples -> (lanes,): the mean of each lane, 0 where it has none: a gate that no sample passes
+        contributes nothing, and no NaN."""
+        return torch.stack([of_lane.sum() / max(len(of_lane), 1) for of_lane in values.split(self.of_lane)])
 
 
 class WithProjector(nn.Module):

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo
 from torch._functorch import config as functorch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,6 +30,7 @@ from pixelgen.losses import balance_weight
 from pixelgen.models import build_denoiser
 from pixelgen.models.jit import JiT
 from pixelgen.models.jit_t2i import JiTText
+from pixelgen.models.speed import compile_blocks
 from pixelgen.objective import Losses, Objective, WithProjector, join, repa_projector
 
 
@@ -91,11 +93,13 @@ def create_state(denoiser: DenoiserConfig | TextDenoiserConfig, objective: Objec
 
 
 def train_step(state: TrainState, model: nn.Module, lanes: Sequence[LaneBatch], objective: Objective,
-               optimizer: OptimizerConfig, config: FitConfig, lanes_per_pass: int = 1) -> dict[str, float]:
+               optimizer: OptimizerConfig, config: FitConfig, lanes_per_pass: int = 1, stop: bool = False
+               ) -> dict[str, float]:
     """One optimizer step on this rank's lanes; `model` is `state.model`, wrapped for the world it runs in.
 
-    Returns the mean of every loss term over all lanes of all ranks, the norm of the gradient, and the perceptual
-    weight. If one of them is not finite, nothing is updated: the step is skipped, or raises NonFiniteError.
+    Returns the mean of every loss term over all lanes of all ranks, the norm of the gradient, the perceptual weight,
+    and the share of the ranks that `stop`. If one of them is not finite, nothing is updated: the step is skipped, or
+    raises NonFiniteError.
     """
     weight = state.percept_weight
     if objective.balances_at(state.step):
@@ -107,19 +111,45 @@ def train_step(state: TrainState, model: nn.Module, lanes: Sequence[LaneBatch], 
             losses = lane_losses(model, state, together, objective, config, weight)
             (losses.total.sum() / len(lanes)).backward()
         rows += torch.stack([losses.total, *losses.terms.values()], dim=1).detach()
-    limit = math.inf if optimizer.clip is None else optimizer.clip
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), limit)
-    means = mean_over_ranks(torch.cat([torch.stack(rows).mean(0), norm[None]])).tolist()
-    metrics = dict(zip(["loss", *losses.terms, "grad_norm"], means, strict=True)) | {"percept_weight": weight}
+    norm = gradient_norm(state.model, optimizer.clip)
+    means = mean_over_ranks(torch.cat([torch.stack(rows).mean(0), norm[None], norm.new_full((1,), stop)]))
+    read = reading(means)
+    # The device itself passes over an update with numbers that are not finite. So it is busy with this one by the time
+    # that the numbers are here, and with the averages while the next step is made ready.
+    state.optimizer.found_inf = means.isfinite().all().logical_not().float()  # type: ignore[attr-defined]
+    state.optimizer.step()
+    metrics = dict(zip(["loss", *losses.terms, "grad_norm", "stop"], read(), strict=True)) | {"percept_weight": weight}
 
     if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
         skip_or_stop(state, f"{', '.join(bad)} not finite", suspects(lanes, rows), config)
     else:
-        state.optimizer.step()
         ema_update(state.ema, state.model.denoiser, config.ema_decay)
         state.percept_weight = weight
     state.step += 1
     return metrics
+
+
+def gradient_norm(model: nn.Module, clip: float | None) -> Tensor:
+    """The norm () of all gradients together, which are then clipped to a norm of `clip` at most."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if clip is not None:
+        nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)
+    return norm
+
+
+def reading(values: Tensor) -> Callable[[], list[float]]:
+    """Begin to copy values to the host. What is returned waits for them, but not for what the device does after."""
+    if values.device.type != "cuda":
+        return values.tolist
+    copied, done = values.to("cpu", non_blocking=True), torch.cuda.Event()
+    done.record()
+
+    def read() -> list[float]:
+        done.synchronize()
+        return copied.tolist()
+
+    return read
 
 
 def shared_out(lanes: Sequence[LaneBatch], at_most: int) -> list[Sequence[LaneBatch]]:
@@ -223,8 +253,8 @@ def train(state: TrainState, batches: Iterator[Sequence[LaneBatch]], objective: 
             raise RuntimeError(f"the data ended at step {state.step} of {config.steps}")
         waited = time.perf_counter() - began
         assert all(b.step == state.step for b in lanes), f"batches out of step {state.step}: {[b.step for b in lanes]}"
-        metrics = train_step(state, model, lanes, objective, optimizer, config, lanes_per_pass)
-        last = state.step == config.steps or on_any_rank(stop(), lanes[0].images.device)
+        metrics = train_step(state, model, lanes, objective, optimizer, config, lanes_per_pass, stop())
+        last = metrics.pop("stop") > 0 or state.step == config.steps
         yield Step(state, metrics, waited, last)
 
 
@@ -233,14 +263,16 @@ def wrapped(state: TrainState, objective: Objective, config: FitConfig) -> nn.Mo
     if config.compile:
         # the balance of gradients keeps the graph of a backward pass, which must not have given its buffers away
         functorch.donated_buffer = objective.config.balance_start is None
-        # passes have few sizes, those of groups of lanes: a graph for each is faster than one for any
-        state.model.denoiser.compile(dynamic=False)
+        dynamo.optimize_ddp = False  # it would cut a block into pieces, and what is compiled is a block already
+        compile_blocks(state.model.denoiser)
+        objective.compile()
     if world_size() == 1:
         return state.model
     # Buffers are tables that never change. Gradients are put into other buckets after the first step, unless unused
     # parameters are looked for: three ranks or more would then round otherwise after a resume than without one.
     exact = state.model.denoiser.output_weight.device.type == "cpu"
-    return DistributedDataParallel(state.model, broadcast_buffers=False, find_unused_parameters=exact)
+    return DistributedDataParallel(state.model, broadcast_buffers=False, find_unused_parameters=exact,
+                                   gradient_as_bucket_view=True)
 
 
 def synchronised(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
@@ -248,10 +280,6 @@ def synchronised(model: nn.Module, last: bool) -> contextlib.AbstractContextMana
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
     return contextlib.nullcontext()
-
-
-def on_any_rank(flag: bool, device: torch.device) -> bool:
-    return bool(mean_over_ranks(torch.tensor(float(flag), device=device)) > 0)
 
 
 def world_size() -> int:

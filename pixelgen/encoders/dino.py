@@ -1,8 +1,10 @@
 """DINOv2 patch features, the target of REPA and the space of P-DINO, loaded from files without network."""
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,9 +70,35 @@ class Dino(nn.Module):
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
-        x = ((images + 1) / 2 - self.mean) / self.std
-        x = F.interpolate(x, size=(self.grid * PATCH,) * 2, mode="bicubic")
+        x = resize_bicubic(((images + 1) / 2 - self.mean) / self.std, self.grid * PATCH)
         wanted = sorted(set(blocks))
         tokens = self.network.forward_intermediates(  # type: ignore[operator]
             x, indices=wanted, norm=True, output_fmt="NLC", intermediates_only=True)
         return dict(zip(wanted, tokens, strict=True))
+
+    def compile(self, *arguments: Any, **options: Any) -> None:
+        """Have the network compiled when it is first run."""
+        self.network.forward_intermediates = torch.compile(  # type: ignore
+            self.network.forward_intermediates, *arguments, **options)  # type: ignore
+
+
+def resize_bicubic(x: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) -> (B, C, size, size), bicubic without antialiasing.
+
+    On a GPU as matrix products: they round otherwise, but their gradient needs no atomic additions, and so is fast and
+    always the same.
+    """
+    return resize_by_matrices(x, size) if x.is_cuda else F.interpolate(x, size=(size, size), mode="bicubic")
+
+
+def resize_by_matrices(x: Tensor, size: int) -> Tensor:
+    """The same as two matrix products, in float32."""
+    with torch.autocast(x.device.type, enabled=False):
+        rows, columns = (resizing(side, size, x.device) for side in x.shape[-2:])
+        return rows @ x.float() @ columns.T
+
+
+@functools.lru_cache(maxsize=8)
+def resizing(source: int, target: int, device: torch.device) -> Tensor:
+    """The matrix (target, source) that resizes a column of pixels."""
+    return F.interpolate(torch.eye(source)[None, None], size=(target, source), mode="bicubic")[0, 0].to(device)

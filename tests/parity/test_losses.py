@@ -270,7 +270,7 @@ def test_toy_training_steps():
     objective = FixedDraws(config, 16, torch.tensor(0), ToyDino(a, TOY["patch"]), toy_lpips)
     objective.draws = Draws(a["noise"], a["t"], torch.zeros(TOY["batch"], dtype=torch.long))
     model = ToyModel(ToyDenoiser(a, TOY["patch"]), a)
-    state = TrainState(model, ema_copy(model.denoiser), torch.optim.SGD(model.parameters(), lr=0.0))
+    state = TrainState(model, ema_copy(model.denoiser), torch.optim.SGD(model.parameters(), lr=0.0, fused=True))
     fit = FitConfig(1, TOY["batch"], 1, 0, 0.9, "fp32", False, 1, 1, None, 1, None, "stop")
     for row in TOY["rows"]:
         state.step = row["global_step"]

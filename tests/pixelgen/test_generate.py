@@ -1,5 +1,6 @@
 """From an exported model to images."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ from pixelgen import PixelGen, cli
 from pixelgen.checkpoint import CheckpointError, export
 from pixelgen.cli import main
 from pixelgen.config import ConfigError, SamplerConfig
-from tests.pixelgen.conftest import tiny_config, tiny_denoiser
+from pixelgen.models.jit_t2i import JiTText
+from pixelgen.models.speed import store_in_bf16
+from tests.pixelgen.conftest import TINY_TEXT, randomised, some_images, tiny_config, tiny_denoiser, tiny_text
 
 LABELS, SEEDS = [i % 4 for i in range(16)], list(range(100, 116))
 SAMPLERS = [SamplerConfig("euler", 3), SamplerConfig("heun", 4, 2.5, (0.1, 0.9), 2.0),
@@ -134,3 +137,25 @@ def test_the_command_line_keeps_the_traceback_of_a_bug(tmp_path, monkeypatch, bu
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match="argument 2 is shorter|of ours"):
         main(["convert", "x.ckpt", "out"])
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_weights_stored_in_half_precision_give_the_bits_that_autocast_gives(text):
+    torch.manual_seed(0)
+    model = randomised(JiTText(tiny_text())) if text else tiny_denoiser()
+    condition = torch.randn(2, TINY_TEXT["text_length"], TINY_TEXT["text_width"]) if text else torch.tensor([0, 3])
+    half = store_in_bf16(copy.deepcopy(model))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found, wanted = (m(some_images(2), torch.tensor([0.3, 0.7]), condition)[0] for m in (half, model))
+    assert torch.equal(found, wanted)
+    assert sum(p.nbytes for p in half.parameters()) < 0.7 * sum(p.nbytes for p in model.parameters())
+
+
+def test_a_model_loaded_in_half_precision_is_stored_in_it(tmp_path):
+    plain = tiny_denoiser()
+    export(tmp_path, plain.config, plain.state_dict(), plain.state_dict(), {})
+    loaded = PixelGen.from_pretrained(tmp_path, precision="bf16")
+    assert loaded.denoiser.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+    assert loaded.denoiser.y_embedder.embedding_table.weight.dtype == torch.float32
+    images = PixelGen(plain.eval(), "bf16").generate([0, 1], [0, 1], SAMPLERS[0])
+    assert np.array_equal(loaded.generate([0, 1], [0, 1], SAMPLERS[0]), images)

@@ -1,6 +1,7 @@
 """The objective: gates, weights and balance; and the two frozen networks, loaded from files."""
 
 import copy
+import functools
 import json
 import warnings
 from unittest import mock
@@ -11,9 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pixelgen.config import ConfigError, ObjectiveConfig
-from pixelgen.encoders.dino import MEAN, PATCH, STD, interpolate_positions, load_dino
+from pixelgen.encoders.dino import (
+    MEAN,
+    PATCH,
+    STD,
+    interpolate_positions,
+    load_dino,
+    resize_bicubic,
+    resize_by_matrices,
+)
 from pixelgen.encoders.lpips import load_lpips, unit
 from pixelgen.losses import balance_weight, feature_distance
+from pixelgen.models.speed import store_in_bf16
 from pixelgen.objective import Draws, Losses, Objective, WithProjector, join, repa_projector
 from tests.pixelgen.conftest import (
     StandInDino,
@@ -107,6 +117,19 @@ def test_a_term_without_weight_never_calls_its_network():
     assert list(run(lpips=never, **off | {"repa_weight": 1.0})[0].terms) == ["fm", "repa"]
     assert list(run(lpips=never, **off | {"pdino_weight": 1.0})[0].terms) == ["fm", "pdino"]
     assert list(run(dino=unused, **off | {"lpips_weight": 1.0})[0].terms) == ["fm", "lpips"]
+
+
+@pytest.mark.parametrize("gated", [(), ("lpips",), ("lpips", "pdino")])
+def test_nothing_waits_for_the_device(gated):
+    """On a device without numbers: to ask for one is an error. The gate is known from times on the CPU."""
+    dino, x = StandInDino(), X.to("meta")
+    dino.weights = dino.weights.to("meta")
+    objective = Objective(ObjectiveConfig(gated=gated, pdino_block=1), 16, NULL, dino, stand_in_lpips)
+    objective.null = NULL.to("meta")
+    draws = objective.draw(x, torch.zeros(4, dtype=torch.long, device="meta"))
+    assert draws.t.device.type == "cpu" and draws.condition.device.type == "meta"
+    losses = objective(lambda x_t, *_: (x_t, x_t[:, 0, :4, :6]), x, draws, 1.0, 2)
+    assert losses.total.shape == (2,) and losses.total.device.type == "meta"
 
 
 def test_dino_runs_once_on_the_clean_images():
@@ -362,6 +385,19 @@ def test_positions_are_interpolated_to_the_grid():
         torch.testing.assert_close(interpolate_positions(torch.ones_like(table), grid), torch.ones_like(resized))
 
 
+@pytest.mark.parametrize("size", [(16, 16, 14), (32, 24, 56)])
+def test_matrices_resize_as_interpolation_does(size):
+    """What GPUs do, in value and gradient."""
+    height, width, target = size
+    images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weights = torch.randn(2, 3, target, target, generator=torch.Generator().manual_seed(1))
+    found = []
+    for way in (resize_bicubic, resize_by_matrices):
+        resized = way(images, target)
+        found.append((resized, *torch.autograd.grad((resized * weights).sum(), images)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+
 def test_positions_are_looked_up_as_dinov2_does():
     """Cubic convolution at the places that follow from the scale (16 + 0.1) / 8, not 16 / 8."""
     values = torch.randn(8, 8, dtype=torch.float64)
@@ -387,3 +423,49 @@ def test_dino_takes_no_other_weights(dino_files, tmp_path):
         save_file(changed, tmp_path / "model.safetensors")
         with pytest.raises(RuntimeError, match=message):
             load_dino(tmp_path, 4)
+
+
+# ------------------------------------------------------------------------------------------ for speed, the same losses
+
+
+@pytest.fixture
+def objectives(dino_files, metric, tmp_path):
+    """A function that makes the objective with both networks."""
+    write_lpips(tmp_path, torchvision_names(metric))
+
+    def make():
+        config = ObjectiveConfig(repa_weight=0.5, pdino_block=1, gated=("lpips", "pdino"))
+        return Objective(config, 16, NULL, load_dino(dino_files[0], 4), load_lpips(tmp_path))
+
+    return make
+
+
+def losses_and_gradient(objective, t, half=False):
+    x = some_images(len(t), 64)
+    prediction = (x + some_images(len(t), 64, seed=9) / 4).requires_grad_()
+    draws = Draws(some_images(len(t), 64, seed=7), t, torch.zeros(len(t), dtype=torch.long))
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        losses = objective(lambda *_: (prediction, torch.ones(len(t), 16, 48)), x, draws, 1.0)
+    return losses.terms, torch.autograd.grad(losses.total.sum(), prediction)[0]
+
+
+def test_compiled_networks_give_the_same_losses(objectives, monkeypatch):
+    """For several numbers of samples that pass the gate, none and one among them."""
+    plain, compiled = objectives(), objectives()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compiled.compile()
+    assert compiled.lpips._compiled_call_impl and "forward_intermediates" in vars(compiled.dino.network)
+    for passing in (4, 2, 3, 1, 0):
+        t = torch.tensor([0.6] * passing + [0.1] * (4 - passing))
+        torch.testing.assert_close(losses_and_gradient(compiled, t), losses_and_gradient(plain, t),
+                                   rtol=1e-4, atol=1e-6)
+
+
+def test_networks_stored_in_half_precision_give_the_bits_that_autocast_gives(objectives):
+    cast, stored = objectives(), objectives()
+    for network in (stored.dino, stored.lpips):
+        store_in_bf16(network)
+    size = [sum(p.nbytes for p in objective.lpips.parameters()) for objective in (stored, cast)]
+    assert size[0] == size[1] / 2
+    found, wanted = (losses_and_gradient(objective, TIMES, half=True) for objective in (stored, cast))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
