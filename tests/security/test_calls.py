@@ -29,6 +29,7 @@ READ = {  # file -> its calls of readers
     "pipeline/stages/shard.py": {"pickle.loads(row['job'])"},  # the driver hands jobs to Ray tasks of its own
     "pipeline/stages/weights.py": {"Qwen2Tokenizer.from_pretrained(out)",  # what has just been made
                                    "timm.create_model(STAND_IN['architecture'], …)"},
+    "benchmarks/gpu.py": {"timm.create_model(name, pretrained=False, num_classes=0, img_size=grid * PATCH)"},
     "benchmarks/stages.py": {"PixelGen.from_pretrained(OUT / 'train' / stage / 'model', …)"},
     "pipeline/params.py": {"YAML(typ='safe', pure=True)", "YAML(typ='safe', pure=True).load(text)"},
 }
