@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoints import Checkpoints, writing
-from pipeline.store import LocalStore, open_store
+from pipeline.store import open_store
+from pixelgen.saving import Checkpoints, writing
+from pixelgen.store import LocalStore
 
 
 @dataclass

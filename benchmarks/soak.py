@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from pipeline.params import read_yaml
+from pixelgen.recipe import read_yaml
 
 COPIED = ("pixelgen", "pipeline", "clusters", "dvc.yaml")
 ENDLESS, CHECKPOINT_EVERY = 1_000_000, 50  # steps

@@ -21,10 +21,9 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline import session
-from pipeline.params import read_yaml
-from pipeline.store import StorageError
 from pixelgen.config import ConfigError, choose, load, require
-from pixelgen.errors import UserError
+from pixelgen.errors import StorageError, UserError
+from pixelgen.recipe import read_yaml
 
 CLUSTERS = Path("clusters")
 LONGEST_PART = 6 * 3600.0  # seconds: a part may be many images, a container large, a network still to be compiled

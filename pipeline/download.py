@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline.store import StorageError, on_disk
+from pixelgen.errors import StorageError
+from pixelgen.store import on_disk
 
 AGENT = {"User-Agent": "pixelgen"}
 TIMEOUT = 60.0  # seconds without an answer

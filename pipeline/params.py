@@ -14,29 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
-
 from pipeline.store import valid_root
 from pixelgen.config import (
-    CaptionConfig,
     ConfigError,
-    DenoiserConfig,
-    FitConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
     SamplerConfig,
-    TextDenoiserConfig,
     choose,
     load,
     require,
 )
-from pixelgen.models import SIZES, TEXT_SIZES, denoiser_config, text_denoiser_config
 from pixelgen.prompts import check_layout
+from pixelgen.recipe import Recipe, read_yaml
 
 PARAMS, OK = Path("params.yaml"), Path("out/params.ok")
-LARGEST, LONGEST, DEEPEST = 2**16, 3000, 20  # of a YAML file: characters, also of one value, and levels
 NONE = "none"  # in a parameter that names the instance of another stage: there is none
 NOTHING = [Path("out/train") / NONE / "model",  # and the report reads folders of sections that may be empty
            *(Path("out") / section / NONE for section in ("reference", "prompts", "sample", "evaluate"))]
@@ -164,43 +153,11 @@ class ReferenceParams:
 
 
 @dataclass(frozen=True)
-class DenoiserParams:
-    size: str  # a key of pixelgen.models.SIZES or TEXT_SIZES
-    image_size: int
-    num_classes: int | None  # null: a text-conditional size
-    dropout: float
+class TrainParams(Recipe):
+    """A recipe, and what it is used on."""
 
-    def __post_init__(self) -> None:
-        choose(self.size, [*SIZES, *TEXT_SIZES], "size")
-        if self.size in TEXT_SIZES:
-            require(self.num_classes is None, f"num_classes {self.num_classes}: {self.size} is text-conditional: null")
-            require(self.dropout == 0, f"dropout {self.dropout}: {self.size} has none: set it to 0")
-        else:
-            require(self.num_classes is not None, f"num_classes: {self.size} is class-conditional and needs a number")
-        self.resolve()
-
-    def resolve(self) -> DenoiserConfig | TextDenoiserConfig:
-        if self.num_classes is None:
-            return text_denoiser_config(self.size, self.image_size)
-        return denoiser_config(self.size, self.image_size, self.num_classes, self.dropout)
-
-
-@dataclass(frozen=True)
-class TrainParams:
     dataset: str
-    mixture: dict[str, float] | None  # source of the dataset -> weight; null: all, in proportion to their images
     init: str  # a key of train, whose weights and averaged weights training starts from; none: fresh ones
-    text: CaptionConfig | None  # null: the dataset has labels
-    denoiser: DenoiserParams
-    objective: ObjectiveConfig
-    optimizer: OptimizerConfig
-    fit: FitConfig
-    grid_sampler: SamplerConfig  # of the sample grids drawn while training
-
-    def __post_init__(self) -> None:
-        depth = self.denoiser.resolve().depth
-        require(self.objective.repa_weight == 0 or self.objective.repa_block < depth,
-                f"objective.repa_block {self.objective.repa_block}: the denoiser has blocks 0 to {depth - 1}")
 
 
 @dataclass(frozen=True)
@@ -344,32 +301,6 @@ class Params:
 def read_params(path: Path = PARAMS) -> Params:
     """The whole of params.yaml, checked. ConfigError names the key, the value and the valid choices."""
     return load(Params, read_yaml(path))
-
-
-def read_yaml(path: Path) -> Any:
-    """Plain data from YAML 1.2 (1e-4 is a number, on is text); a duplicate key, a tag or an alias is an error."""
-    try:
-        text = path.read_text("utf-8")
-        check_yaml(text)
-        return YAML(typ="safe", pure=True).load(text)
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; run from the top of the repository") from None
-    except (YAMLError, ValueError) as error:  # ValueError: of a number or a date
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-
-
-def check_yaml(text: str) -> None:
-    """YAMLError if there is anything in a YAML text that makes more of it than is written there."""
-    if len(text) > LARGEST:
-        raise YAMLError(f"more than {LARGEST:,} characters are no file of parameters")
-    depth = 0
-    for event in YAML(typ="safe", pure=True).parse(text):
-        line = event.start_mark.line + 1
-        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
-        if getattr(event, "anchor", None) or getattr(event, "ctag", None):
-            raise YAMLError(f"line {line}: no tags (!), anchors (&) or aliases (*): write the value itself")
-        if depth > DEEPEST or len(getattr(event, "value", "")) > LONGEST:
-            raise YAMLError(f"line {line}: more than {DEEPEST} levels, or a value of more than {LONGEST:,} characters")
 
 
 def stage_params(section: dict[str, T], key: str, stage: str) -> T:

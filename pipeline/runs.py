@@ -18,10 +18,11 @@ from typing import IO, Any, NoReturn
 
 import psutil
 
-from pipeline.params import fingerprint, read_yaml
-from pipeline.storage import sha256
-from pipeline.store import StorageError, on_disk
-from pixelgen.errors import UserError
+from pipeline.params import fingerprint
+from pixelgen.errors import StorageError, UserError
+from pixelgen.manifest import sha256
+from pixelgen.recipe import read_yaml
+from pixelgen.store import on_disk
 
 RUNS = Path("runs")
 

@@ -26,7 +26,8 @@ from typing import IO, Any
 import psutil
 
 from pipeline.runs import try_lock
-from pipeline.store import StorageError, write_atomic
+from pixelgen.errors import StorageError
+from pixelgen.store import write_atomic
 
 IDLE = 30.0  # seconds without a stage after which Ray ends
 LONGEST_START = 300.0  # seconds, on a busy machine, after which a keeper gives up

@@ -8,43 +8,44 @@ lie there under their sha256, `objects/12/12ab…`, whoever wrote them, and only
 manifest can name a file outside the root, and what has arrived is never sent again.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.store import LocalStore, StorageError, Store, open_store, preflight, write_atomic
+from pipeline.store import open_store, preflight
+from pixelgen.errors import StorageError
 from pixelgen.files import read_range
+from pixelgen.manifest import (
+    MANIFEST,
+    Entry,
+    check_file,
+    describe,
+    intact,
+    one_at_a_time,
+    read_manifest,
+    sha256,
+)
+from pixelgen.store import LocalStore, Store, write_atomic
 
 if TYPE_CHECKING:
     from pixelgen.data.shards import Split
 
-MANIFEST = "manifest.json"
 MANIFESTS, OBJECTS = "manifests", "objects"  # under the root
 CACHE = Path("runs/cache")  # of this machine: files of artifacts that lie under a root; may be deleted at any time
 TRANSFERS = 8  # at a time
 LEAST_FREE = 0.5e9  # bytes of the working directory's disk; stages that know what they need ask for that
 LISTED = 100  # files from which on one listing of what is there takes the place of a question for each
 VERSIONS = ("pixelgen", "torch", "ray", "numpy", "pillow", "timm", "lpips", "torch-fidelity")
-
-Entry = dict[str, Any]  # of a file: path in its directory, size, sha256
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -183,23 +184,6 @@ class Artifact:
         return folder
 
 
-def describe(path: Path, name: str) -> Entry:
-    return {"path": name, "size": path.stat().st_size, "sha256": sha256(path)}
-
-
-def intact(path: Path, entry: Mapping[str, Any]) -> bool:
-    """Whether a file is there and has the size and sha256 of a manifest's entry."""
-    return path.is_file() and path.stat().st_size == entry["size"] and sha256(path) == entry["sha256"]
-
-
-@contextlib.contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """Let one of this machine's processes after the other work on `path`: the first fetches for all."""
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def put(store: Store, source: Path | bytes, entry: Mapping[str, Any], known: Mapping[str, int] | None = None) -> None:
     """Store a file under its sha256, unless it is there."""
     name = object_name(entry["sha256"])
@@ -249,50 +233,6 @@ class StoredFile:
             return read_range(Path(self.location), start, stop)
         root, _, name = self.location.rpartition(f"/{OBJECTS}/")
         return open_store(root).read(f"{OBJECTS}/{name}", start, stop)
-
-
-def read_manifest(directory: Path, kind: str | None) -> dict[str, Any]:
-    """The manifest of a finished directory, of any kind if that is None. StorageError if there is none, or not that."""
-    path = directory / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise StorageError(f"{directory} is missing or unfinished (no {MANIFEST}): run `dvc repro`") from None
-    except (ValueError, RecursionError) as error:
-        raise StorageError(f"{path} is damaged ({error}): delete {directory} and run `dvc repro`") from None
-    if not isinstance(manifest, dict) or not valid(manifest) or kind not in (None, manifest["kind"]):
-        raise StorageError(f"{path} does not describe a {kind or 'finished output'}: delete {directory} and run "
-                           "`dvc repro`")
-    names = [entry["path"] for entry in manifest["files"]]
-    for name in names:
-        inside = PurePosixPath(name)
-        if inside.as_posix() != name or inside.is_absolute() or {"", ".", ".."} & {name, *inside.parts} or \
-                {*name} & {"\\", "\0"}:
-            raise StorageError(f"{path} names a file outside its directory: {name!r}")
-    if len({*names}) < len(names):
-        raise StorageError(f"{path} names a file twice: {max(names, key=names.count)!r}")
-    return manifest
-
-
-def valid(manifest: dict[str, Any]) -> bool:
-    """Whether kind, root and files are there and of the right form."""
-    files, root = manifest.get("files"), manifest.get("root", "")
-    return (isinstance(manifest.get("kind"), str) and (root is None or (isinstance(root, str) and root != ""))
-            and isinstance(files, list) and all(
-                isinstance(f, dict) and isinstance(f.get("path"), str)
-                and type(f.get("size")) is int and f["size"] >= 0 and isinstance(f.get("sha256"), str)
-                and re.fullmatch(r"[0-9a-f]{64}", f["sha256"]) for f in files))
-
-
-def check_file(directory: Path, entry: Mapping[str, Any]) -> Path:
-    """The path of a manifest's file, after its size and sha256 have been compared."""
-    path = directory / entry["path"]
-    if not path.is_file():
-        raise StorageError(f"{path} is in the manifest but not there: delete {directory} and run `dvc repro`")
-    if not intact(path, entry):
-        raise StorageError(f"{path} is not the file that the manifest describes (size or sha256 differs): "
-                           f"delete {directory} and run `dvc repro`")
-    return path
 
 
 def hardware() -> dict[str, Any]:

@@ -24,9 +24,11 @@ from tqdm import tqdm
 
 from pipeline.params import read_params
 from pipeline.runs import RUNS, in_use
-from pipeline.storage import MANIFEST, MANIFESTS, OBJECTS, Storage, StoredFile, object_name
-from pipeline.store import LocalStore, S3Store, StorageError, on_disk, open_store
-from pixelgen.errors import UserError
+from pipeline.storage import MANIFESTS, OBJECTS, Storage, StoredFile, object_name
+from pipeline.store import S3Store, open_store
+from pixelgen.errors import StorageError, UserError
+from pixelgen.manifest import MANIFEST
+from pixelgen.store import LocalStore, on_disk
 
 OUT = Path("out")
 DAYS = 7.0  # without a change, before something may be pruned: an interrupted run is not in any manifest

@@ -15,3 +15,7 @@ class FileError(UserError):
 
 class CheckpointError(FileError):
     """A file of weights does not hold what it should; the message names the file and the keys."""
+
+
+class StorageError(UserError):
+    """An artifact is missing, unfinished or altered, or its storage fails; the message names it and the remedy."""

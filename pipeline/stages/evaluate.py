@@ -20,7 +20,6 @@ from pipeline.judges import GeometricDetector, load_extractor, load_judges
 from pipeline.params import EvaluateParams, Params, TrainParams, read_params, stage_params
 from pipeline.runs import lease, run_directory, run_stage
 from pipeline.storage import Artifact, Storage, fresh_directory, read_sealed, write_json, write_sealed
-from pipeline.store import Store
 from pixelgen.config import require
 from pixelgen.data.shards import Split, read_images
 from pixelgen.encoders.text import load_text_encoder
@@ -49,6 +48,7 @@ from pixelgen.metrics.geneval import (
 )
 from pixelgen.models import build_denoiser
 from pixelgen.models.jit_t2i import JiTText
+from pixelgen.store import Store
 
 METRICS, OUT = Path("metrics"), Path("out/evaluate")
 JUDGES = "judges.json"

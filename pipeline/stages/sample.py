@@ -20,10 +20,10 @@ from pipeline.cluster import Cluster, read_cluster, work_through
 from pipeline.params import NONE, SampleParams, read_params, stage_params
 from pipeline.runs import lease, run_directory, run_stage
 from pipeline.storage import Artifact, Storage, fresh_directory, read_sealed, write_sealed
-from pipeline.store import Store
 from pixelgen.generate import PixelGen
 from pixelgen.images import grid
 from pixelgen.prompts import Prompt, write_images
+from pixelgen.store import Store
 
 MODELS, PROMPTS, WEIGHTS, OUT = (Path("out") / n for n in ("train", "prompts", "weights", "sample"))
 SHUFFLE_SEED = 0  # of the order in samples.npz; sorted by class, a split of the Inception Score would see few

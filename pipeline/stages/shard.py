@@ -24,8 +24,9 @@ from pipeline.datasets.work import SOURCES, Job, Report, read_report, write_job
 from pipeline.params import DatasetParams, read_params, stage_params
 from pipeline.runs import lease, run_directory, run_stage
 from pipeline.storage import Storage, fresh_directory
-from pipeline.store import StorageError, write_atomic
 from pixelgen.data.shards import SCHEMA
+from pixelgen.errors import StorageError
+from pixelgen.store import write_atomic
 
 OUT = Path("out/shard")
 SHARE = {"png": 0.75, "jpeg": 0.25}  # what an encoded photograph takes of its raw bytes

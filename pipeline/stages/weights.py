@@ -25,13 +25,14 @@ from pipeline.download import download, stated_hash
 from pipeline.judges import DigitsJudge, save_digits_classifier, train_digits_classifier
 from pipeline.params import WeightsParams, read_params
 from pipeline.runs import run_stage
-from pipeline.storage import Storage, fresh_directory, sha256, write_json
-from pipeline.store import StorageError
+from pipeline.storage import Storage, fresh_directory, write_json
 from pixelgen.data.captions import PREFIXES
 from pixelgen.encoders import inception
 from pixelgen.encoders.dino import PATCH, load_dino
 from pixelgen.encoders.lpips import load_lpips
 from pixelgen.encoders.text import load_text_encoder
+from pixelgen.errors import StorageError
+from pixelgen.manifest import sha256
 from pixelgen.metrics import detector
 from pixelgen.metrics.colors import load_colors
 from pixelgen.metrics.pretrained import read_weights

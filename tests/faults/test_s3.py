@@ -7,7 +7,8 @@ import shutil
 import pytest
 
 from pipeline import store
-from pipeline.storage import Storage, read_manifest
+from pipeline.storage import Storage
+from pixelgen.manifest import read_manifest
 from tests.e2e.workspace import edit
 from tests.faults.table import fault
 from tests.faults.test_sample import PARTS

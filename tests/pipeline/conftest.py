@@ -10,7 +10,7 @@ from pipeline import runs
 from pipeline.datasets.work import read_report, write_job
 from pipeline.params import DatasetParams, StorageParams
 from pipeline.stages import shard
-from pipeline.storage import read_manifest
+from pixelgen.manifest import read_manifest
 
 
 @pytest.fixture

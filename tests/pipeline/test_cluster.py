@@ -14,9 +14,8 @@ import ray
 
 from pipeline import cluster, session
 from pipeline.cluster import Cluster, attempt, check, connect, read_cluster, work_through
-from pipeline.store import StorageError
 from pixelgen.config import ConfigError
-from pixelgen.errors import UserError
+from pixelgen.errors import StorageError, UserError
 
 
 @pytest.mark.parametrize(("address", "given"), [(None, "ours:1"), ("auto", "auto"), ("10.0.0.1:6379", "10.0.0.1:6379")])

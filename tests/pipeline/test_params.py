@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.params import NOTHING, OK, Params, fingerprint, read_params, read_yaml
+from pipeline.params import NOTHING, OK, Params, fingerprint, read_params
 from pixelgen.config import ConfigError, load
 from pixelgen.models import build_denoiser
+from pixelgen.recipe import read_yaml
 
 ROOT = Path(__file__).parents[2]
 PRESETS = sorted(ROOT.glob("presets/**/*.yaml"))

@@ -12,10 +12,11 @@ import torch
 from pipeline.datasets import work
 from pipeline.params import ReferenceParams, StorageParams
 from pipeline.stages import reference
-from pipeline.storage import Artifact, Storage, read_manifest
-from pipeline.store import StorageError
+from pipeline.storage import Artifact, Storage
 from pixelgen.config import ConfigError
 from pixelgen.data.shards import LocalFile, Shard, ShardError, Split, read_images
+from pixelgen.errors import StorageError
+from pixelgen.manifest import read_manifest
 from pixelgen.metrics import fid
 from tests.pipeline.folders import SIZE, folder_params, make_plain, make_run, only, split_of
 

@@ -15,8 +15,9 @@ from ray.train import WorkerGroupError
 
 from pipeline import fetch, runs, verify
 from pipeline.datasets import DatasetError
-from pipeline.store import StorageError, on_disk
 from pixelgen.config import ConfigError
+from pixelgen.errors import StorageError
+from pixelgen.store import on_disk
 
 HOLDER = """
 import sys, time
@@ -119,7 +120,7 @@ def task_error(cause):
      "stage: Ray has failed: The actor died unexpectedly before finishing this task. Run `dvc repro` again: finished "
      "work is kept"),
     (OSError(28, "No space left on device", "shard.parquet"),
-     "stage: shard.parquet: No space left on device: make room on this disk, then run `dvc repro` again: finished work "
+     "stage: shard.parquet: No space left on device: make room on this disk, then run it again: finished work "
      "is kept"),
 ])
 def test_a_stage_ends_with_one_line_whatever_ray_has_wrapped_it_in(monkeypatch, error, line):

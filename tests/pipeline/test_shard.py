@@ -20,11 +20,12 @@ from pipeline.datasets import DatasetError, Item, Task, deal, digits, image_fold
 from pipeline.datasets.work import Job, read_report, write_job
 from pipeline.params import SourceParams
 from pipeline.stages import shard
-from pipeline.storage import Storage, check_file, describe
-from pipeline.store import StorageError
+from pipeline.storage import Storage
 from pixelgen.config import ConfigError
 from pixelgen.data.shards import SCHEMA, describe_pieces, read_images
+from pixelgen.errors import StorageError
 from pixelgen.images import adm_crop, plain_crop
+from pixelgen.manifest import check_file, describe
 from tests.pipeline.folders import (
     SIZE,
     folder_params,

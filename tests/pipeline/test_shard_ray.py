@@ -18,10 +18,11 @@ from pipeline.datasets.work import write_job
 from pipeline.params import read_params
 from pipeline.readers import RayTasks
 from pipeline.stages import shard
-from pipeline.storage import Storage, read_manifest
+from pipeline.storage import Storage
 from pixelgen.config import CaptionConfig
 from pixelgen.data.executors import InProcess, processes
 from pixelgen.data.feed import Plan, Source, lane_batches
+from pixelgen.manifest import read_manifest
 from tests.e2e.workspace import join
 from tests.pipeline.folders import SIZE, make_plain, make_run, make_tar, pairs, split_of
 

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline import storage
-from pipeline.storage import MANIFEST, Storage, check_file, fresh_directory, read_manifest
-from pipeline.store import StorageError
+from pipeline.storage import Storage, fresh_directory
+from pixelgen.errors import StorageError
+from pixelgen.manifest import MANIFEST, check_file, read_manifest
 
 
 @dataclass(frozen=True)

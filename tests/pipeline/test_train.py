@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,18 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import rank, runs
-from pipeline.checkpoints import Checkpoints, writing
+from pipeline import runs
 from pipeline.cluster import Cluster
 from pipeline.params import read_params
-from pipeline.recorders import Curve, Grids, Saves
+from pipeline.rank import Run
 from pipeline.stages import train as stage
 from pipeline.storage import Storage, fresh_directory
-from pipeline.store import LocalStore, StorageError
+from pixelgen import rank
 from pixelgen.checkpoint import read_state
 from pixelgen.config import ObjectiveConfig
-from pixelgen.errors import UserError
+from pixelgen.errors import StorageError, UserError
 from pixelgen.objective import Objective
+from pixelgen.recorders import Curve, Grids, Saves
+from pixelgen.saving import NOTES, Checkpoints, writing
+from pixelgen.store import LocalStore
 from pixelgen.train import Step, create_state
 from tests.pixelgen.conftest import StandInDino, lane_batch, tiny_config
 
@@ -39,12 +42,17 @@ def changed(params, **fit):
     return dataclasses.replace(params, fit=dataclasses.replace(params.fit, **fit))
 
 
+def training(recipe, directory):
+    """Without data and networks."""
+    return rank.Training(recipe, directory, LocalStore(directory), None, None, None, 1)
+
+
 @pytest.fixture
 def directory_of(params, monkeypatch, tmp_path):
     """The run directory that `prepare` gives parameters; its inputs are always the same."""
     monkeypatch.setattr(runs, "RUNS", tmp_path)
     monkeypatch.setattr(runs, "code_hash", lambda _: "code")
-    monkeypatch.setattr(stage, "plan_of", lambda *_: SimpleNamespace(order=SimpleNamespace(check=lambda: None)))
+    monkeypatch.setattr(Run, "plan", SimpleNamespace(order=SimpleNamespace(check=lambda: None)))
     storage = Storage(None)
     for name in ("weights", "shard/digits"):
         directory = fresh_directory(tmp_path / "out" / name)
@@ -69,10 +77,9 @@ def test_checkpoints_that_will_not_fit_are_noticed_before_training(params, monke
     free[0] = 3 * one - 1
     with pytest.raises(StorageError, match=r"make room .*3 checkpoints of 0\.0 GB are to lie here.*0\.\d GB are free"):
         check(keep_checkpoints=2)
-    run = rank.Run(changed(params, keep_checkpoints=2), None, None, None, tmp_path, LocalStore(tmp_path),
-                    SimpleNamespace())
+    run = training(changed(params, keep_checkpoints=2), tmp_path)
     with pytest.raises(StorageError, match="make room"):
-        rank.fit_rank(run, state, goal, None, range(2), torch.device("cpu"), writes=True)
+        rank.fit_rank(run, state, goal, None, range(2), torch.device("cpu"), nullcontext(), writes=True)
     free[0] = 3 * one
     check(keep_checkpoints=2)
     with pytest.raises(StorageError, match="5 checkpoints"):
@@ -115,13 +122,11 @@ def test_what_a_bad_number_stopped_goes_on_from_the_state_before_it(params, monk
         goal = Objective(ObjectiveConfig(repa_weight=0, pdino_block=1, gated=(), balance_start=None), 8,
                          torch.tensor(4), StandInDino(), lpips)
         state = create_state(tiny_config(), goal, params.optimizer, 0, torch.device("cpu"))
-        run = rank.Run(params, None, None, None, tmp_path, LocalStore(tmp_path),
-                       Cluster(None, 1, 1.0, 0.0, 1, 0, 1, None))
-        rank.fit_rank(run, state, goal, None, range(2), torch.device("cpu"), writes=True)
+        run = training(params, tmp_path)
+        rank.fit_rank(run, state, goal, None, range(2), torch.device("cpu"), nullcontext(), writes=True)
         return run.checkpoints.steps()
 
     monkeypatch.setattr(rank, "lane_batches", lane_batches)
-    monkeypatch.setattr(rank, "plan_of", lambda *_: None)
     assert run_rank(params) == [2, 3]
     said = (tmp_path / "failure.txt").read_text()
     assert "step 3: loss, lpips, grad_norm not finite" in said and "'s3-1-0'" in said
@@ -149,7 +154,7 @@ def test_a_curve_that_a_full_disk_or_a_power_cut_has_left_is_gone_on_with(params
 
 def test_too_little_memory_of_a_gpu_names_the_remedy():
     with (pytest.raises(UserError, match="lower lanes_per_pass 4 in the cluster file.*Tried to allocate 9 GiB"),
-          rank.enough_memory(Cluster(None, 1, 1.0, 1.0, 1, 0, 4, "self"))):
+          rank.enough_memory(4)):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
 
@@ -185,7 +190,7 @@ def test_what_is_recorded_when(params, tmp_path):
 def test_a_damaged_last_checkpoint_is_trained_again(params, monkeypatch, tmp_path):
     """Else every start would end with it. It is told of, and nothing that an earlier start was told."""
     checkpoints = Checkpoints(tmp_path, LocalStore(tmp_path))
-    run = rank.Run(params, None, None, None, tmp_path, checkpoints.store, SimpleNamespace())
+    run = Run(params, tmp_path, checkpoints.store, None, None, None, SimpleNamespace())
 
     def train(_):
         found.update(checkpoints.store.sizes(""))
@@ -200,15 +205,15 @@ def test_a_damaged_last_checkpoint_is_trained_again(params, monkeypatch, tmp_pat
     monkeypatch.setattr(stage.sys, "argv", ["train", "c2i"])
     monkeypatch.setattr(stage, "prepare", lambda *_: run)
     monkeypatch.setattr(stage, "train", train)
-    monkeypatch.setattr(stage, "write_outputs", lambda run, *_: run.checkpoints.local(run.params.fit.steps))
+    monkeypatch.setattr(stage, "write_outputs", lambda run, *_: run.checkpoints.local(run.recipe.fit.steps))
     stage.main()
     stage.main()
     assert trained == [[2, 4]]
     checkpoints.path(4).write_bytes(b"damaged")
-    for name in (stage.NOTES, stage.FAILURE, stage.STOP):
+    for name in (NOTES, rank.FAILURE, rank.STOP):
         checkpoints.store.write(name, b"of an earlier start")
     found.clear()
     stage.main()
     assert trained == [[2, 4], [2, 4]]
-    assert stage.NOTES in found and not found.keys() & {stage.FAILURE, stage.STOP}
-    assert b": put aside\n" in checkpoints.store.read(stage.NOTES)
+    assert NOTES in found and not found.keys() & {rank.FAILURE, rank.STOP}
+    assert b": put aside\n" in checkpoints.store.read(NOTES)

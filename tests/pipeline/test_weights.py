@@ -17,11 +17,11 @@ from torchvision.models import vgg16
 from pipeline.download import download
 from pipeline.params import WeightsParams
 from pipeline.stages import weights
-from pipeline.store import StorageError
 from pixelgen.encoders import inception as inception_module
 from pixelgen.encoders.dino import load_dino
 from pixelgen.encoders.lpips import load_lpips
 from pixelgen.encoders.text import load_text_encoder
+from pixelgen.errors import StorageError
 
 VGG = weights.FILES["lpips"][0]
 CONTENT = b"some published weights" * 1000

@@ -13,15 +13,17 @@ import torch
 from pipeline import storage as storage_module
 from pipeline import store as store_module
 from pipeline import verify as verify_module
-from pipeline.checkpoints import Checkpoints, writing
 from pipeline.runs import lease
-from pipeline.storage import MANIFEST, Storage, fresh_directory, read_sealed, write_sealed
-from pipeline.store import LocalStore, S3Store, StorageError, open_store, preflight, valid_root
+from pipeline.storage import Storage, fresh_directory, read_sealed, write_sealed
+from pipeline.store import S3Store, open_store, preflight, valid_root
 from pixelgen.checkpoint import read_state
 from pixelgen.data.feed import Plan, Source, read_rows
 from pixelgen.data.order import WINDOW
 from pixelgen.data.shards import describe_pieces, encode_shard
-from pixelgen.errors import UserError
+from pixelgen.errors import StorageError, UserError
+from pixelgen.manifest import MANIFEST
+from pixelgen.saving import Checkpoints, writing
+from pixelgen.store import LocalStore
 from tests.s3.proxy import Answer, error, flip_bit, hold, lose_answer, reset, reset_in_body, truncate
 
 MEGABYTE = 1 << 20

@@ -31,7 +31,7 @@ READ = {  # file -> its calls of readers
                                    "timm.create_model(STAND_IN['architecture'], …)"},
     "benchmarks/gpu.py": {"timm.create_model(name, pretrained=False, num_classes=0, img_size=grid * PATCH)"},
     "benchmarks/stages.py": {"PixelGen.from_pretrained(OUT / 'train' / stage / 'model', …)"},
-    "pipeline/params.py": {"YAML(typ='safe', pure=True)", "YAML(typ='safe', pure=True).load(text)"},
+    "pixelgen/recipe.py": {"YAML(typ='safe', pure=True)", "YAML(typ='safe', pure=True).load(text)"},
 }
 BANNED = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "importlib.import_module", "torch.hub.load",
           "torch.jit.load", "shutil.unpack_archive", "tempfile.mktemp"}

@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 
 from pipeline.datasets import Rejected
 from pipeline.datasets.tar import members
-from pipeline.params import Params, read_params, read_yaml
-from pipeline.storage import MANIFEST, Storage, read_manifest
-from pipeline.store import StorageError
+from pipeline.params import Params, read_params
+from pipeline.storage import Storage
 from pixelgen import checkpoint, cli
 from pixelgen.checkpoint import CheckpointError
 from pixelgen.config import ConfigError, load
-from pixelgen.errors import FileError
+from pixelgen.errors import FileError, StorageError
+from pixelgen.manifest import MANIFEST, read_manifest
 from pixelgen.metrics import fid
 from pixelgen.metrics.geneval import _read_prompt, judge
 from pixelgen.prompts import read_prompts
+from pixelgen.recipe import read_yaml
 from tests.pipeline.folders import make_tar, pairs
 from tests.pixelgen.conftest import tiny_config, tiny_denoiser
 from tests.security.hostile import FIXED, ROOT

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from pipeline.session import ENVIRONMENT
-from pipeline.storage import read_manifest
+from pixelgen.manifest import read_manifest
 from tests.e2e.workspace import join
 from tests.faults.workspace import build_empty
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from pipeline.storage import MANIFEST, Storage, fresh_directory, read_manifest
-from pipeline.store import StorageError
+from pipeline.storage import Storage, fresh_directory
+from pixelgen.errors import StorageError
+from pixelgen.manifest import MANIFEST, read_manifest
 
 
 @pytest.fixture

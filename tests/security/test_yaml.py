@@ -3,8 +3,9 @@
 import pytest
 
 from pipeline import cluster
-from pipeline.params import check_yaml, read_params, read_yaml
+from pipeline.params import read_params
 from pixelgen.config import ConfigError
+from pixelgen.recipe import check_yaml, read_yaml
 from tests.security.hostile import ROOT, peak_memory
 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(

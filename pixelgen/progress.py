@@ -9,9 +9,10 @@ import time
 
 from tqdm import tqdm
 
-from pipeline.checkpoints import NOTES
-from pipeline.recorders import CURVE
-from pipeline.store import FAR_SECONDS, StorageError, Store
+from pixelgen.errors import StorageError
+from pixelgen.recorders import CURVE
+from pixelgen.saving import NOTES
+from pixelgen.store import FAR_SECONDS, Store
 
 
 class Progress:

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from pipeline.storage import describe, intact, one_at_a_time
-from pipeline.store import StorageError, Store
 from pixelgen.checkpoint import save_state
+from pixelgen.errors import StorageError
+from pixelgen.manifest import describe, intact, one_at_a_time
+from pixelgen.store import Store
 from pixelgen.train import TrainState
 
 FOLDER = "checkpoints"

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from pipeline import checkpoints as module
-from pipeline.checkpoints import Checkpoints, Writer, writing
-from pipeline.store import LocalStore, StorageError
+from pixelgen import saving as module
 from pixelgen.checkpoint import read_state
+from pixelgen.errors import StorageError
+from pixelgen.saving import Checkpoints, Writer, writing
+from pixelgen.store import LocalStore
 
 
 @dataclass

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoints import Writer
-from pipeline.store import Store, write_atomic
 from pixelgen.config import FitConfig, SamplerConfig
 from pixelgen.generate import PixelGen
 from pixelgen.images import grid
+from pixelgen.saving import Writer
+from pixelgen.store import Store, write_atomic
 from pixelgen.train import Step, TrainState
 
 CURVE = "curve.csv"  # in the run's directory, and in its store

@@ -1,0 +1,258 @@
+"""What each rank of a training does: build the networks, go on from the newest checkpoint, train, record."""
+
+import contextlib
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pixelgen.checkpoint import export, load_state, read_state, start_from
+from pixelgen.config import DenoiserConfig, FitConfig, ObjectiveConfig, require
+from pixelgen.data.executors import Executor
+from pixelgen.data.feed import Plan, Source, lane_batches
+from pixelgen.data.shards import Split, first_captions
+from pixelgen.encoders.dino import load_dino
+from pixelgen.encoders.lpips import load_lpips
+from pixelgen.encoders.text import TextEncoder, load_text_encoder
+from pixelgen.errors import StorageError, UserError
+from pixelgen.generate import PixelGen
+from pixelgen.models.speed import store_in_bf16
+from pixelgen.objective import Objective
+from pixelgen.recipe import Recipe
+from pixelgen.recorders import Curve, Grids, Saves
+from pixelgen.saving import NOTES, Checkpoints, writing
+from pixelgen.store import FAR_SECONDS, Store, on_disk
+from pixelgen.train import NonFiniteError, Recorder, TrainState, create_state, train
+
+GRID_IMAGES = 50
+FAILURE, STOP = "failure.txt", "stop"  # in the store
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a training keeps what it has done."""
+
+    recipe: Recipe
+    directory: Path  # on this machine
+    store: Store  # what of it is kept, where every rank sees it
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.directory, self.store)
+
+    @property
+    def done(self) -> bool:
+        """Whether the last step is in an intact checkpoint."""
+        steps = self.recipe.fit.steps
+        return steps in self.checkpoints.steps() and self.checkpoints.recover() == steps
+
+    def begin(self) -> None:
+        """Forget what was told of the run before; its checkpoints, which are looked at next, may have to be told of."""
+        for name in (FAILURE, NOTES, STOP):
+            self.store.delete(name)
+
+    def unfinished(self) -> str | None:
+        """After the ranks have ended: None if the last step is taken, else where they stopped. NonFiniteError if that
+        was what ended them."""
+        with contextlib.suppress(FileNotFoundError):
+            raise NonFiniteError(self.store.read(FAILURE).decode())
+        steps = self.checkpoints.steps()
+        return None if self.recipe.fit.steps in steps else f"step {steps[-1]} is saved"
+
+    def export(self, directory: Path) -> int:
+        """Write the trained model -> the step it is of."""
+        state = read_state(self.checkpoints.local(self.recipe.fit.steps))
+        raw, projector = ({k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
+                          for prefix in ("denoiser.", "projector."))
+        export(directory, self.recipe.denoiser.resolve(), state["ema"], raw, projector)
+        return int(state["step"])
+
+
+@dataclass(frozen=True)
+class Training(Place):
+    """A training as each of its ranks sees it."""
+
+    plan: Plan
+    weights: Path  # folder of the frozen networks: dino, lpips, text
+    start: Path | None  # the exported model that training starts from
+    lanes_per_pass: int  # of a rank's lanes, how many share a forward pass: more take more memory
+
+
+def plan_of(recipe: Recipe, sources: Mapping[str, Any], split: Callable[[str, int], Split]) -> Plan:
+    """The order of training: of the sources in the mixture, those shards whose images are large enough.
+
+    `sources` is what the dataset's manifest says of them; `split` finds the training split of one, by its name and the
+    least size of an image.
+    """
+    size = recipe.denoiser.image_size
+    splits = {name: split(name, size) for name in recipe.mixture or sources}
+    weights = recipe.mixture or {name: split.total for name, split in splits.items()}
+    chosen = tuple(Source(split, weights[name], tuple((sources[name]["captions"] or {}).values()))
+                   for name, split in splits.items())
+    return Plan(chosen, size, recipe.fit.seed, recipe.fit.batch_size, recipe.fit.lanes, recipe.text)
+
+
+def check_data(recipe: Recipe, manifest: Mapping[str, Any], plan: Plan, name: str) -> None:
+    """ConfigError if a dataset is not what the recipe needs."""
+    if recipe.denoiser.num_classes is not None:
+        require(len(manifest["classes"]) <= recipe.denoiser.num_classes, f"denoiser.num_classes "
+                f"{recipe.denoiser.num_classes}: dataset {name} has {len(manifest['classes'])} classes")
+    plan.order.check()
+
+
+def train_rank(run: Training, rank: int, world: int, device: torch.device,
+               readers: contextlib.AbstractContextManager[Executor]) -> None:
+    """One rank: create the state, then train on this rank's lanes. `readers` decode the images."""
+    recipe, lanes = run.recipe, run.recipe.fit.lanes
+    text = build_text(recipe, run.weights, device)
+    objective = build_objective(recipe, run.weights, text, device)
+    if recipe.fit.compile and text:
+        text.compile()
+    state = create_state(recipe.denoiser.resolve(), objective, recipe.optimizer, recipe.fit.seed, device)
+    run.directory.mkdir(parents=True, exist_ok=True)
+    with on_disk(run.directory) if rank == 0 else contextlib.nullcontext():
+        fit_rank(run, state, objective, text, range(rank * lanes // world, (rank + 1) * lanes // world), device,
+                 readers, writes=rank == 0)
+
+
+def fit_rank(run: Training, state: TrainState, objective: Objective, text: TextEncoder | None, lanes: range,
+             device: torch.device, readers: contextlib.AbstractContextManager[Executor], writes: bool) -> None:
+    """Train from the newest checkpoint on, to the end or to the step after which somebody asks for a stop."""
+    recipe = run.recipe
+    if writes:
+        check_room(state, recipe.fit, run.directory)
+    newest = [run.checkpoints.recover() if writes else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(newest)  # rank 0 decides, once nobody else writes
+    if newest[0] is not None:
+        load_state(state, run.checkpoints.path(newest[0]) if writes else run.checkpoints.local(newest[0]))
+    elif run.start is not None:
+        start_from(state, run.start)
+    stop = stop_requested(run.store) if writes else lambda: False
+    with (enough_memory(run.lanes_per_pass), readers as executor,
+          (recording(run, state, text) if writes else silence()) as recorders,
+          contextlib.closing(lane_batches(run.plan, lanes, state.step, recipe.fit.steps, device, text, executor)
+                             ) as data):
+        for step in train(state, data, objective, recipe.optimizer, recipe.fit, stop, run.lanes_per_pass):
+            for recorder in recorders:
+                recorder.record(step)
+
+
+@contextlib.contextmanager
+def enough_memory(lanes_per_pass: int) -> Iterator[None]:
+    """UserError, with the remedy, where a GPU's memory is too small."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the GPU has too little memory: lower lanes_per_pass {lanes_per_pass} in the cluster file, or "
+                        f"the option of that name, or use a smaller denoiser ({error})") from error
+
+
+@contextlib.contextmanager
+def recording(run: Training, state: TrainState, text: TextEncoder | None) -> Iterator[list[Recorder]]:
+    """What rank 0 records. A number that is not finite would come back after every restart: it ends the run for good,
+    with the state before it saved."""
+    recipe = run.recipe
+    wanted: list = []
+    if recipe.fit.grid_every:
+        labels = recipe.denoiser.num_classes
+        wanted = ([i % labels for i in range(GRID_IMAGES)] if labels else
+                  first_captions(run.plan.sources[0].split, GRID_IMAGES))
+    grids = Grids(run.directory, recipe.fit, lambda ema: PixelGen(ema, recipe.fit.precision, text), wanted,
+                  recipe.grid_sampler)
+    with writing(run.checkpoints, recipe.fit.keep_checkpoints, recipe.fit.keep_every) as writer:
+        saves = Saves(run.directory, recipe.fit, writer)
+        try:
+            yield [Curve(run.directory, run.store, recipe.fit, state.step), grids, saves]
+        except NonFiniteError as error:
+            saves.save(state)
+            run.store.write(FAILURE, f"{error}. The state before it is kept in {run.checkpoints.path(state.step)}: to "
+                            "go on from there without such steps, set fit.on_nonfinite to skip(N) and repeat; a lower "
+                            "optimizer.lr starts afresh".encode())
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[list[Recorder]]:
+    """Recorders of the other ranks: none. They stop at the same non-finite step as rank 0, which reports it, so their
+    own error is dropped."""
+    with contextlib.suppress(NonFiniteError):
+        yield []
+
+
+@contextlib.contextmanager
+def stopping(store: Store) -> Iterator[None]:
+    """Let SIGTERM, which comes before a machine is taken away, be a request to the ranks to save and end. A thread
+    makes it: the one that the signal interrupts may itself be at the store, with a lock in hand."""
+    def request(*_: Any) -> None:
+        threading.Thread(target=store.write, args=(STOP, b"")).start()
+
+    before = signal.signal(signal.SIGTERM, request)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def stop_requested(store: Store) -> Callable[[], bool]:
+    """Whether somebody has asked for an end; asked again only after a while where asking costs something."""
+    pause, asked = (FAR_SECONDS if store.far else 0.0), 0.0
+
+    def requested() -> bool:
+        nonlocal asked
+        if time.monotonic() - asked < pause:
+            return False
+        asked = time.monotonic()
+        return store.size(STOP) is not None
+
+    return requested
+
+
+def check_room(state: TrainState, config: FitConfig, directory: Path) -> None:
+    """StorageError if the checkpoints that are to be kept, and one more, will not fit on the disk: each has weights,
+    averaged weights and AdamW's two moments in float32."""
+    size = 4 * (3 * count(state.model) + count(state.ema))
+    kept = config.keep_checkpoints + (config.steps // config.keep_every if config.keep_every else 0)
+    need, free = size * (kept + 1), shutil.disk_usage(directory).free + sum(
+        path.stat().st_size for path in directory.glob("checkpoints/*"))
+    if need > free:
+        raise StorageError(f"{directory}: make room on this disk; {kept + 1} checkpoints of {size / 1e9:.1f} GB are to "
+                           f"lie here (fit.keep_checkpoints, fit.keep_every), {free / 1e9:.1f} GB are free")
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def build_text(recipe: Recipe, weights: Path, device: torch.device) -> TextEncoder | None:
+    """The text encoder, which has to give features of the width that the denoiser expects; None for labels."""
+    d = recipe.denoiser.resolve()
+    if isinstance(d, DenoiserConfig):
+        return None
+    text = load_text_encoder(weights / "text", d.text_length, device, recipe.fit.precision)
+    require(text.width == d.text_width, f"denoiser.size {recipe.denoiser.size} expects text features of width "
+            f"{d.text_width}, the text encoder gives {text.width}")
+    return text
+
+
+def build_objective(recipe: Recipe, weights: Path, text: TextEncoder | None, device: torch.device) -> Objective:
+    """The objective with the frozen networks that its weights call for."""
+    o, d = recipe.objective, recipe.denoiser.resolve()
+    null = text([""])[0] if text else torch.tensor(recipe.denoiser.num_classes, device=device)
+    dino = load_dino(weights / "dino", d.image_size // d.patch_size).to(device) if uses_dino(o) else None
+    lpips = load_lpips(weights / "lpips").to(device) if o.lpips_weight else None
+    if recipe.fit.precision == "bf16":
+        for network in filter(None, (dino, lpips)):
+            store_in_bf16(network)
+    return Objective(o, d.patch_size, null, dino, lpips)
+
+
+def uses_dino(objective: ObjectiveConfig) -> bool:
+    return objective.repa_weight > 0 or objective.pdino_weight > 0

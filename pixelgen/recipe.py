@@ -1,0 +1,120 @@
+"""Recipes of trainings, and the reader of the YAML files that hold them. Nothing heavy is imported here."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
+
+from pixelgen.config import (
+    CHANGEABLE,
+    CaptionConfig,
+    ConfigError,
+    DenoiserConfig,
+    FitConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SamplerConfig,
+    TextDenoiserConfig,
+    choose,
+    load,
+    require,
+)
+from pixelgen.models import SIZES, TEXT_SIZES, denoiser_config, text_denoiser_config
+
+LARGEST, LONGEST, DEEPEST = 2**16, 3000, 20  # of a YAML file: characters, also of one value, and levels
+
+
+@dataclass(frozen=True)
+class DenoiserParams:
+    """The architecture of a named size."""
+
+    size: str  # a key of pixelgen.models.SIZES or TEXT_SIZES
+    image_size: int
+    num_classes: int | None  # null: a text-conditional size
+    dropout: float
+
+    def __post_init__(self) -> None:
+        choose(self.size, [*SIZES, *TEXT_SIZES], "size")
+        if self.size in TEXT_SIZES:
+            require(self.num_classes is None, f"num_classes {self.num_classes}: {self.size} is text-conditional: null")
+            require(self.dropout == 0, f"dropout {self.dropout}: {self.size} has none: set it to 0")
+        else:
+            require(self.num_classes is not None, f"num_classes: {self.size} is class-conditional and needs a number")
+        self.resolve()
+
+    def resolve(self) -> DenoiserConfig | TextDenoiserConfig:
+        if self.num_classes is None:
+            return text_denoiser_config(self.size, self.image_size)
+        return denoiser_config(self.size, self.image_size, self.num_classes, self.dropout)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a denoiser is trained: all that the weights depend on but data and frozen networks."""
+
+    mixture: dict[str, float] | None  # source of the dataset -> weight; null: all, in proportion to their images
+    text: CaptionConfig | None  # null: the dataset has labels
+    denoiser: DenoiserParams
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    fit: FitConfig
+    grid_sampler: SamplerConfig  # of the sample grids drawn while training
+
+    def __post_init__(self) -> None:
+        depth = self.denoiser.resolve().depth
+        require(self.objective.repa_weight == 0 or self.objective.repa_block < depth,
+                f"objective.repa_block {self.objective.repa_block}: the denoiser has blocks 0 to {depth - 1}")
+
+    @property
+    def trajectory(self) -> dict[str, Any]:
+        """What the trained weights depend on: it names a training, and anything else may change while that lasts."""
+        plain = dataclasses.asdict(self)
+        plain["fit"] = {name: value for name, value in plain["fit"].items() if name not in CHANGEABLE}
+        return plain
+
+
+def read_recipe(path: Path, key: str | None = None) -> Recipe:
+    """The recipe that a file holds, or, with a `key`, the one that a params.yaml has under `train`. ConfigError names
+    what is wrong with it."""
+    where, data = str(path), read_yaml(path)
+    if key is not None:
+        section = data.get("train") if isinstance(data, dict) else None
+        if not isinstance(section, dict):
+            raise ConfigError(f"{path}: there is no section train to take {key!r} from")
+        where, data = f"{path}: train.{key}", section[choose(key, list(section), f"{path}: train: key")]
+    if isinstance(data, dict):
+        data = {name: value for name, value in data.items() if name not in ("dataset", "init")}  # for the workflow
+    try:
+        return load(Recipe, data)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """Plain data from YAML 1.2 (1e-4 is a number, on is text); a duplicate key, a tag or an alias is an error."""
+    try:
+        text = path.read_text("utf-8")
+        check_yaml(text)
+        return YAML(typ="safe", pure=True).load(text)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; run from the top of the repository") from None
+    except (YAMLError, ValueError) as error:  # ValueError: of a number or a date
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+
+
+def check_yaml(text: str) -> None:
+    """YAMLError if there is anything in a YAML text that makes more of it than is written there."""
+    if len(text) > LARGEST:
+        raise YAMLError(f"more than {LARGEST:,} characters are no file of parameters")
+    depth = 0
+    for event in YAML(typ="safe", pure=True).parse(text):
+        line = event.start_mark.line + 1
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if getattr(event, "anchor", None) or getattr(event, "ctag", None):
+            raise YAMLError(f"line {line}: no tags (!), anchors (&) or aliases (*): write the value itself")
+        if depth > DEEPEST or len(getattr(event, "value", "")) > LONGEST:
+            raise YAMLError(f"line {line}: more than {DEEPEST} levels, or a value of more than {LONGEST:,} characters")
