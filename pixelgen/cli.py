@@ -1,6 +1,7 @@
-"""The `pixelgen` command: use a trained model without the pipeline."""
+"""The `pixelgen` command: train, and use a trained model, without the pipeline."""
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import get_args
@@ -13,6 +14,17 @@ from pixelgen.prompts import LAYOUTS
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pixelgen", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser("train", help="train a denoiser on shards, alone or as one of torchrun's processes")
+    train.add_argument("config", type=Path, help="YAML of a recipe, or a params.yaml with --key")
+    train.add_argument("shards", type=Path, help="folder of a sharded dataset: out/shard/…")
+    train.add_argument("out", type=Path, help="folder of checkpoints, curve, grids and model; goes on where it was")
+    train.add_argument("--key", help="of the recipe under train in a params.yaml")
+    train.add_argument("--weights", type=Path, default=Path("out/weights"), help="folder of the frozen networks")
+    train.add_argument("--init", type=Path, help="exported model to begin with")
+    train.add_argument("--readers", type=int, help="processes that decode images for each rank; 0: the rank itself")
+    train.add_argument("--lanes-per-pass", type=int, default=1, help="of a rank's lanes, how many share a forward pass")
+    train.add_argument("--threads", type=int, help="of torch in each rank; on a CPU the last bits depend on it")
 
     convert = commands.add_parser("convert", help="turn a published .ckpt into a model directory")
     convert.add_argument("checkpoint", type=Path)
@@ -69,6 +81,27 @@ def _given(error: OSError, args: argparse.Namespace) -> bool:
     """Whether the system has refused a path of the command line, one above or one below: the user can mend that."""
     refused, given = str(error.filename), [str(value) for value in vars(args).values() if isinstance(value, Path)]
     return any(refused.startswith(path) or path.startswith(refused) for path in given)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from pixelgen.config import require
+    from pixelgen.recipe import read_recipe
+
+    recipe = read_recipe(args.config, args.key, args.init is not None)  # before the slow loading
+    for name in ("readers", "lanes_per_pass", "threads"):
+        given, least = getattr(args, name), int(name != "readers")
+        require(given is None or given >= least, f"--{name.replace('_', '-')} {given}: at least {least}")
+    import torch
+
+    from pixelgen.standalone import train_here
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    told = train_here(recipe, args.shards, args.out, args.weights, args.init, args.readers, args.lanes_per_pass)
+    if told:
+        print(f"stopped: {told}, the same command goes on from there", file=sys.stderr)
+        return 128 + signal.SIGTERM
+    return 0
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -139,4 +172,4 @@ def _evaluate_geneval(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"convert": _convert, "sample": _sample, "app": _app, "evaluate": _evaluate_geneval}
+COMMANDS = {"train": _train, "convert": _convert, "sample": _sample, "app": _app, "evaluate": _evaluate_geneval}

@@ -77,9 +77,9 @@ class Recipe:
         return plain
 
 
-def read_recipe(path: Path, key: str | None = None) -> Recipe:
+def read_recipe(path: Path, key: str | None = None, started: bool = False) -> Recipe:
     """The recipe that a file holds, or, with a `key`, the one that a params.yaml has under `train`. ConfigError names
-    what is wrong with it."""
+    what is wrong with it, or the model that it starts from, unless that is known and training has `started`."""
     where, data = str(path), read_yaml(path)
     if key is not None:
         section = data.get("train") if isinstance(data, dict) else None
@@ -87,6 +87,8 @@ def read_recipe(path: Path, key: str | None = None) -> Recipe:
             raise ConfigError(f"{path}: there is no section train to take {key!r} from")
         where, data = f"{path}: train.{key}", section[choose(key, list(section), f"{path}: train: key")]
     if isinstance(data, dict):
+        init = data.get("init", "none")
+        require(started or init == "none", f"{where}.init is {init}: name the folder of that model with --init")
         data = {name: value for name, value in data.items() if name not in ("dataset", "init")}  # for the workflow
     try:
         return load(Recipe, data)

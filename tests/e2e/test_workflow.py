@@ -96,6 +96,19 @@ def test_repro_runs_everything(workspace):
         "step-00000015.png", "step-00000030.png"]
 
 
+def test_training_needs_no_workflow(workspace):
+    """In one process, without Ray, the steps of the stage's two ranks: the same checkpoints and model, to the bit."""
+    command = [sys.executable, "-m", "pixelgen", "train", "params.yaml", "out/shard/digits", "alone", "--key", "c2i"]
+    subprocess.run([*command, "--threads", "1"], cwd=workspace, env=environment(workspace), check=True)
+    for name in ("raw", "ema", "projector"):
+        path = f"model/{name}.safetensors"
+        assert digest(workspace / "alone" / path) == digest(workspace / "out/train/c2i" / path)
+    run, = (workspace / "runs/train@c2i").iterdir()
+    for path in ("checkpoints/step-00000025.pt", "checkpoints/step-00000030.pt", "grids/step-00000030.png"):
+        assert digest(workspace / "alone" / path) == digest(run / path)
+    shutil.rmtree(workspace / "alone")
+
+
 def test_text_goes_through_its_three_stages_and_is_judged(workspace):
     sizes = [json.loads((workspace / f"out/train/{s}/model/config.json").read_text())["config"]["image_size"]
              for s in ("t2i-256", "t2i-512", "sft")]
