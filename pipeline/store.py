@@ -1,4 +1,4 @@
-"""Where bytes lie: a directory, or a prefix of an S3 bucket, behind the same few functions.
+"""Where bytes lie: a prefix of an S3 bucket, behind the functions of `pixelgen.store`.
 
 A name is a relative path. A reader sees the whole of what was written under a name, or nothing. Credentials, region
 and endpoint come from the standard AWS environment and configuration files, and from nowhere else.

@@ -2,8 +2,8 @@
 
 Each sampler is a function of a velocity field, the noise and the times, which are on the CPU, so that nothing waits for
 the device. The field is called as `v(x, t, at)`: `t` is where it is evaluated, `at` the start of the step, which alone
-decides whether guidance acts. `guided_velocity` makes
-such a field from an x-prediction denoiser, and `sample` puts the two together.
+decides whether guidance acts. `guided_velocity` makes such a field from an x-prediction denoiser, and `sample` puts the
+two together.
 """
 
 import itertools
@@ -96,8 +96,8 @@ def adams_bashforth(v: Velocity, noise: Tensor, times: Tensor, callback: Callbac
 
 
 def adams_weights(nodes: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """Weights (k,) of velocities at `nodes`: means over [start, end] of their Lagrange polynomials. In
-    float64."""
+    """Weights (k,) of velocities at `nodes`: means over [start, end] of their Lagrange polynomials. In float64.
+    """
     nodes, start, end = nodes.double(), start.double(), end.double()
     # In s = (t - start)/(end - start) the mean of s^j is 1/(j+1), so that Vᵀ·w = (1, 1/2, …, 1/k) with V the
     # Vandermonde matrix of the nodes: the weights integrate every polynomial of degree below k exactly.

@@ -1,4 +1,4 @@
-"""Where a training keeps what it shares between processes and over its ends: a directory, or what else does as one.
+"""Where bytes lie: what every store can do, and the store that is a directory.
 
 A name is a relative path. A reader sees the whole of what was written under a name, or nothing.
 """
@@ -26,7 +26,7 @@ DISK_REMEDIES = {
 
 
 class Store(Protocol):
-    """What both kinds can do."""
+    """A directory, or something that stands for one."""
 
     far: ClassVar[bool]  # not on a disk of this machine: what is there has to be fetched, and each look at it costs
 
