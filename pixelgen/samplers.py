@@ -96,8 +96,7 @@ def adams_bashforth(v: Velocity, noise: Tensor, times: Tensor, callback: Callbac
 
 
 def adams_weights(nodes: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """Weights (k,) of velocities at `nodes`: means over [start, end] of their Lagrange polynomials. In float64.
-    """
+    """Weights (k,) of velocities at `nodes`: means over [start, end] of their Lagrange polynomials. float64."""
     nodes, start, end = nodes.double(), start.double(), end.double()
     # In s = (t - start)/(end - start) the mean of s^j is 1/(j+1), so that Vᵀ·w = (1, 1/2, …, 1/k) with V the
     # Vandermonde matrix of the nodes: the weights integrate every polynomial of degree below k exactly.
