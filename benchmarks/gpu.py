@@ -114,7 +114,7 @@ def prepared_training(row: str, size: str, image_size: int, batch: int, gated: t
     encoder = text_encoder() if text else None
     null = encoder([""])[0] if encoder else torch.tensor(1000, device=DEVICE)
     if encoder:
-        encoder.compile()
+        compile_blocks(encoder.network)
     objective = Objective(ObjectiveConfig(gated=gated), 16, null, dino, metric)  # type: ignore[arg-type]
     o = OptimizerConfig(lr=1e-4, clip=1.0 if text else None)
     lanes = batch // LANE

@@ -19,6 +19,7 @@ from pixelgen.losses import feature_distance, flow_matching
 from pixelgen.models.jit import JiT
 from pixelgen.models.jit_t2i import JiTText
 from pixelgen.models.layers import Masks
+from pixelgen.models.speed import compile_blocks
 from pixelgen.path import draw_time, interpolate
 
 REFERENCE_PATCH = 16  # denoiser patch at which LPIPS sees the images at their own size
@@ -123,10 +124,11 @@ class Objective:
         return Losses(total, terms["fm"], perceptual, terms)
 
     def compile(self) -> None:
-        """Have the frozen networks compiled when they are first run."""
-        for network in (self.dino, self.lpips):
-            if network is not None:
-                network.to(memory_format=torch.channels_last).compile()  # type: ignore[call-overload]
+        """Have the frozen networks compiled when they are first run, for any number of samples that pass the gate."""
+        if self.dino is not None:
+            compile_blocks(self.dino.network, dynamic=None)
+        if self.lpips is not None:
+            self.lpips.to(memory_format=torch.channels_last).compile()  # type: ignore[call-overload]
 
     def _counted(self, term: str, t: Tensor, lanes: int, device: torch.device) -> "Counted":
         """The samples that `term` counts, by their times on the CPU; a perceptual network is run on these only."""

@@ -24,7 +24,7 @@ from pixelgen.encoders.lpips import load_lpips
 from pixelgen.encoders.text import TextEncoder, load_text_encoder
 from pixelgen.errors import StorageError, UserError
 from pixelgen.generate import PixelGen
-from pixelgen.models.speed import store_in_bf16
+from pixelgen.models.speed import compile_blocks, store_in_bf16
 from pixelgen.objective import Objective
 from pixelgen.recipe import Recipe
 from pixelgen.recorders import Curve, Grids, Saves
@@ -115,7 +115,7 @@ def train_rank(run: Training, rank: int, world: int, device: torch.device,
     text = build_text(recipe, run.weights, device)
     objective = build_objective(recipe, run.weights, text, device)
     if recipe.fit.compile and text:
-        text.compile()
+        compile_blocks(text.network)
     state = create_state(recipe.denoiser.resolve(), objective, recipe.optimizer, recipe.fit.seed, device)
     run.directory.mkdir(parents=True, exist_ok=True)
     with on_disk(run.directory) if rank == 0 else contextlib.nullcontext():

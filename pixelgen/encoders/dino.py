@@ -4,7 +4,6 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,11 +74,6 @@ class Dino(nn.Module):
         tokens = self.network.forward_intermediates(  # type: ignore[operator]
             x, indices=wanted, norm=True, output_fmt="NLC", intermediates_only=True)
         return dict(zip(wanted, tokens, strict=True))
-
-    def compile(self, *arguments: Any, **options: Any) -> None:
-        """Have the network compiled when it is first run."""
-        self.network.forward_intermediates = torch.compile(  # type: ignore
-            self.network.forward_intermediates, *arguments, **options)  # type: ignore
 
 
 def resize_bicubic(x: Tensor, size: int) -> Tensor:

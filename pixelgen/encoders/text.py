@@ -53,9 +53,6 @@ class TextEncoder:
         tokens = self.tokenizer(list(prompts), truncation=True, max_length=self.length, padding="max_length",
                                 return_tensors="pt").to(self.network.device)
         with sdpa_kernel(BACKENDS):
-            states = self.network(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+            states = self.network(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask,
+                                  use_cache=False).last_hidden_state  # keys and values are not needed again
         return states.float()
-
-    def compile(self) -> None:
-        """Have the network compiled when it is first run."""
-        self.network.compile(dynamic=False)

@@ -13,9 +13,10 @@ def store_in_bf16(network: nn.Module) -> nn.Module:
     return network
 
 
-def compile_blocks(denoiser: nn.Module) -> None:
+def compile_blocks(network: nn.Module, dynamic: bool | None = False) -> None:
     """Have each block compiled when it is first run. Blocks of one kind share what is compiled, which takes a fraction
-    of the time that the whole denoiser takes. There is a graph for each size of a batch, and few sizes."""
-    for blocks in denoiser.children():
-        for block in blocks if isinstance(blocks, nn.ModuleList) else ():
-            block.compile(dynamic=False)
+    of the time that the whole network takes. There is a graph for each size of a batch, unless sizes are `dynamic`
+    (None: from the second one on)."""
+    for blocks in network.children():
+        for block in blocks if isinstance(blocks, nn.ModuleList | nn.Sequential) else ():
+            block.compile(dynamic=dynamic)

@@ -15,6 +15,7 @@ from pixelgen.cli import main
 from pixelgen.config import ConfigError, ObjectiveConfig, OptimizerConfig, SamplerConfig
 from pixelgen.encoders.text import load_text_encoder
 from pixelgen.models.jit_t2i import JiTText
+from pixelgen.models.speed import compile_blocks
 from pixelgen.objective import Objective
 from pixelgen.train import LaneBatch, create_state, train
 from tests.pixelgen.conftest import TINY_TEXT, StandInDino, fit_config, randomised, stand_in_lpips, tiny_text
@@ -83,13 +84,22 @@ def test_attention_to_nothing_gives_zero_on_every_device(encoder):
     assert not nothing.any()
 
 
+def test_no_keys_and_values_are_kept(encoder):
+    """Nothing comes after these tokens, and each layer would be compiled by itself, for its place in what is kept."""
+    kept = []
+    with encoder.network.register_forward_hook(lambda network, given, output: kept.append(output.past_key_values)):
+        encoder(["a red"])
+    assert kept == [None]
+
+
 def test_what_runs_is_what_was_compiled(folder, encoder, monkeypatch):
     """Without torch's compiler: it would start threads, which the tests that fork could not do with."""
     called = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *a, **k: called.append(1) or function(*a, **k))
     compiled = load_text_encoder(folder, LENGTH)
-    compiled.compile()
-    assert torch.equal(compiled(["a red", ""]), encoder(["a red", ""])) and called == [1]
+    compile_blocks(compiled.network)
+    assert torch.equal(compiled(["a red", ""]), encoder(["a red", ""]))
+    assert len(called) == len(compiled.network.layers) == 2
 
 
 def test_a_folder_without_an_encoder_is_named(tmp_path):
