@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from pipeline import session
 from pixelgen.config import ConfigError, choose, load, require
+from pixelgen.data.executors import processors_left
 from pixelgen.errors import StorageError, UserError
 from pixelgen.recipe import read_yaml
 
@@ -29,7 +30,6 @@ CLUSTERS = Path("clusters")
 LONGEST_PART = 6 * 3600.0  # seconds: a part may be many images, a container large, a network still to be compiled
 ON_CPU = 2  # workers where the cluster file leaves it open and there is no GPU
 READERS = r"self|(processes|tasks)\([1-9][0-9]*\)"
-MOST_READERS = 16  # processes of a rank where the cluster file leaves it open: each has decoded images in hand
 LONGEST_END = 10.0  # seconds for a thread that has been told to end
 THREADS = ("iter_threaded", "StreamingExecutor")  # of Ray Data, by their names
 
@@ -80,8 +80,7 @@ class Cluster:
     def reading(self) -> tuple[str, int]:
         """Who decodes images for each rank, and how many of them."""
         if self.readers is None:
-            share = len(os.sched_getaffinity(0)) // self.actors - self.threads_per_worker
-            return ("processes", min(max(share, 1), MOST_READERS)) if self.gpus else ("self", 0)
+            return ("processes", processors_left(self.actors, self.threads_per_worker)) if self.gpus else ("self", 0)
         kind, _, count = self.readers.rstrip(")").partition("(")
         return kind, int(count or 0)
 

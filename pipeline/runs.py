@@ -5,7 +5,6 @@ afresh and an interrupted one goes on where it was.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import signal
@@ -14,12 +13,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 import psutil
 
 from pipeline.params import fingerprint
 from pixelgen.errors import StorageError, UserError
+from pixelgen.files import try_lock
 from pixelgen.manifest import sha256
 from pixelgen.recipe import read_yaml
 from pixelgen.store import on_disk
@@ -78,15 +78,6 @@ def in_use(directory: Path) -> bool:
             if not try_lock(file):
                 return True
     return False
-
-
-def try_lock(file: IO[str]) -> bool:
-    """Take the lock of an open file, if no other process holds it -> whether it is taken."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _supervisor() -> list[str]:

@@ -25,8 +25,8 @@ from typing import IO, Any
 
 import psutil
 
-from pipeline.runs import try_lock
 from pixelgen.errors import StorageError
+from pixelgen.files import try_lock
 from pixelgen.store import write_atomic
 
 IDLE = 30.0  # seconds without a stage after which Ray ends

@@ -1,11 +1,12 @@
-"""Files that are written whole or not at all, and files that are read in parts."""
+"""Files that are written whole or not at all, that are read in parts, and that are held by one process."""
 
 import contextlib
+import fcntl
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 @contextlib.contextmanager
@@ -29,3 +30,12 @@ def read_range(path: Path, start: int = 0, stop: int | None = None) -> bytes:
     with open(path, "rb") as file:
         file.seek(start)
         return file.read(-1 if stop is None else stop - start)
+
+
+def try_lock(file: IO[Any]) -> bool:
+    """Take the lock of an open file, if no other process holds it -> whether it is taken."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

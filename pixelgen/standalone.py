@@ -4,7 +4,6 @@ It takes the steps that the train stage would take on the same shards, to the bi
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -16,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 from pixelgen.config import choose, require
-from pixelgen.data.executors import Executor, InProcess, processes
+from pixelgen.data.executors import Executor, InProcess, processes, processors_left
 from pixelgen.data.shards import LocalFile, open_split
 from pixelgen.errors import UserError
+from pixelgen.files import try_lock
 from pixelgen.manifest import MANIFEST, check_file, read_manifest, sha256
 from pixelgen.progress import Progress
 from pixelgen.rank import Training, check_data, plan_of, stopping, train_rank, uses_dino
@@ -26,7 +26,6 @@ from pixelgen.recipe import Recipe
 from pixelgen.store import LocalStore
 
 MADE_OF = "made_of.json"  # in the folder of a training: what its weights depend on
-MOST_READERS = 16  # processes of a rank where nobody says how many
 
 
 def train_here(recipe: Recipe, shards: Path, out: Path, weights: Path, start: Path | None, readers: int | None,
@@ -102,10 +101,8 @@ def group(world: int) -> Iterator[torch.device]:
 def alone(out: Path) -> Iterator[None]:
     """Hold the folder for this process; the kernel lets go when it dies. UserError if another one holds it."""
     with open(out / "writer.lease", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out} is in use by another training: wait for it, or name another folder") from None
+        if not try_lock(file):
+            raise UserError(f"{out} is in use by another training: wait for it, or name another folder")
         yield
 
 
@@ -141,6 +138,6 @@ def identity(folder: Path, parts: Sequence[str] = (".",)) -> str:
 def reading(count: int | None, device: torch.device) -> contextlib.AbstractContextManager[Executor]:
     """Who decodes images: so many processes, or this one if that is 0."""
     if count is None:
-        share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1
-        count = min(max(share, 1), MOST_READERS) if device.type == "cuda" else 0
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        count = processors_left(ranks, 1) if device.type == "cuda" else 0
     return processes(count) if count else contextlib.nullcontext(InProcess())

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from pixelgen.errors import UserError
 
 SINGLE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # numpy's own threads would only take memory
+MOST = 16  # processes of a rank where nobody says how many: each has decoded images in hand
 SERVE = "from pixelgen.data.executors import serve; serve()"
 
 
@@ -63,6 +64,11 @@ class Processes:
         if raised:
             raise value
         return value
+
+
+def processors_left(ranks: int, threads: int) -> int:
+    """Of this machine's processors, those that may decode for each of its ranks, which take `threads` themselves."""
+    return min(max(len(os.sched_getaffinity(0)) // ranks - threads, 1), MOST)
 
 
 @contextmanager
