@@ -25,6 +25,7 @@ from pixelgen.config import ConfigError, choose, load, require
 from pixelgen.data.executors import processors_left
 from pixelgen.errors import StorageError, UserError
 from pixelgen.recipe import read_yaml
+from pixelgen.store import Store
 
 CLUSTERS = Path("clusters")
 LONGEST_PART = 6 * 3600.0  # seconds: a part may be many images, a container large, a network still to be compiled
@@ -158,33 +159,42 @@ def ray_data() -> Any:
 
 
 def work_through(parts: list[dict[str, Any]], make: Callable[..., Callable[[dict[str, Any]], None]], arguments: tuple,
-                 cluster: Cluster, what: str) -> None:
-    """Let Ray Data actors, each a `make(*arguments)` on the cluster's device, be called with every part (plain data),
-    with a progress bar. What one worker on this machine does, this process does itself."""
-    workers = min(cluster.actors, len(parts))
+                 cluster: Cluster, what: str, state: Store) -> None:
+    """Let Ray Data actors, each a `make(*arguments)` on the cluster's device, be called with every part (plain data)
+    whose name is not in `state` yet, with a progress bar. They leave what they find there. What one worker on this
+    machine does, this process does itself."""
+    done = state.sizes()
+    missing = [part for part in parts if part["name"] not in done]
+    workers = min(cluster.actors, len(missing))
+    if workers == 0:
+        return
     if cluster.here(workers):
         do = make(*arguments)
-        for part in tqdm(parts, desc=what, unit="part"):
+        for part in tqdm(missing, desc=what, unit="part"):
             do(part)
         return
     with connect(cluster):
         data = ray_data()
-        rows = data.from_items([{"part": json.dumps(part)} for part in parts], override_num_blocks=len(parts))
-        rows = rows.map(Worker, fn_constructor_args=(make, arguments),
+        rows = data.from_items([{"part": json.dumps(part)} for part in missing], override_num_blocks=len(missing))
+        rows = rows.map(Worker, fn_constructor_args=(make, arguments, cluster.threads_per_worker),
                         compute=data.ActorPoolStrategy(size=workers),
                         num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus)
-        with outcomes(rows) as done:
-            for _ in tqdm(done, desc=what, unit="part", total=len(parts)):
+        with outcomes(rows) as done_with:
+            for _ in tqdm(done_with, desc=what, unit="part", total=len(missing)):
                 pass
 
 
 class Worker:
     """A Ray Data actor of `work_through`."""
 
-    def __init__(self, make: Callable[..., Callable[[dict[str, Any]], None]], arguments: tuple):
+    def __init__(self, make: Callable[..., Callable[[dict[str, Any]], None]], arguments: tuple, threads: int):
         self.make = functools.cache(lambda: make(*arguments))  # with the first part, so that `attempt` covers it
+        self.threads = threads
 
     def __call__(self, row: dict[str, str]) -> dict[str, str]:
+        import torch
+
+        torch.set_num_threads(self.threads)
         return attempt(lambda: self.make()(json.loads(row["part"])))
 
 

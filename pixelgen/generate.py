@@ -17,6 +17,8 @@ from pixelgen.models.jit_t2i import JiTText
 from pixelgen.models.speed import compile_blocks, store_in_bf16
 from pixelgen.samplers import Callback, sample
 
+BATCH = 32  # samples that the networks of the workflow see at once: no byte depends on how many are asked for
+
 
 class PixelGen:
     """A trained denoiser that draws images of classes, or of prompts.

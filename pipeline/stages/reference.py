@@ -1,28 +1,37 @@
 """reference: the statistics of a dataset that samples are compared with, as an npz in ADM's layout.
 
-Mean and covariance are of the whole training split; a random part of its images is kept for precision and
-recall. A published npz can stand in for all that: it is checked, and taken over as it is.
+Mean and covariance are of the whole training split; a random part of its images is kept for precision and recall.
+Ray Data actors look at a part of the images each and leave its moments, so that finished parts survive an interruption
+and this process neither needs a GPU nor holds more than a part. A published npz can stand in for all that: it is
+checked, and taken over as it is.
 """
 
-import dataclasses
+import io
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.cluster import read_cluster
+from pipeline.cluster import Cluster, read_cluster, work_through
 from pipeline.judges import load_extractor
-from pipeline.params import read_params, stage_params
-from pipeline.runs import run_stage
-from pipeline.storage import Storage, fresh_directory
+from pipeline.params import ReferenceParams, read_params, stage_params
+from pipeline.runs import lease, run_directory, run_stage
+from pipeline.storage import Artifact, Storage, fresh_directory, read_sealed, write_sealed
 from pixelgen.config import ConfigError, require
-from pixelgen.data.shards import Split, read_images
-from pixelgen.errors import UserError
+from pixelgen.data.shards import read_images
+from pixelgen.errors import StorageError, UserError
 from pixelgen.metrics import fid
+from pixelgen.metrics.fid import Moments, Reference
+from pixelgen.npz import Stream, write_npz
+from pixelgen.store import Store
 
 OUT, SHARDS, WEIGHTS = Path("out/reference"), Path("out/shard"), Path("out/weights")
+PART = 20_000  # images in one unit of work and of resumption; with Inception its moments take 66 MB
+HELD = 256  # images in a file of kept ones
 
 
 def main() -> None:
@@ -31,51 +40,111 @@ def main() -> None:
     params, storage = stage_params(whole.reference, key, "reference"), Storage(whole.storage.root)
     torch.set_num_threads(cluster.threads)
     storage.check()
-    weights = storage.open(WEIGHTS, "weights").local()
-    extractor = load_extractor(params.extractor, weights, torch.device(cluster.device))
+    weights = storage.open(WEIGHTS, "weights")
     if params.npz is None:
         dataset = storage.open(SHARDS / params.dataset, "dataset")
-        split = dataset.split("train")
-        require(split.total > 1, f"dataset {params.dataset} has {split.total} training image: no covariance is of one")
-        reference = statistics(extractor, split, params.images, params.batch_size)
+        total = dataset.split("train").total
+        require(total > 1, f"dataset {params.dataset} has {total} training image: no covariance is of one")
+        directory = run_directory("reference", key, params, dataset.identity, weights.identity)
+        state = storage.run(directory)
+        parts: list[dict[str, Any]] = [{"name": f"part-{start:09d}.npz", "start": start, "stop": start + PART}
+                                       for start in range(0, total, PART)]
+        with lease(directory / "driver.lease", patience=5):
+            work_through(parts, Surveyor, (params, dataset, weights, state, cluster), cluster, "reference", state)
+            extractor, reference = merged(state, [part["name"] for part in parts])
+            images: Any = kept_images(state, min(params.images, total))
     else:
-        reference = published(extractor, params.npz)
+        extractor, reference = published(params, weights.local())
+        images = reference.images
     out = fresh_directory(OUT / key)
-    fid.save_reference(out / "reference.npz", reference)
-    storage.publish(out, "reference", params, extractor=extractor.name, dataset=params.dataset,
-                    images=0 if reference.images is None else len(reference.images))
+    fid.save_reference(out / "reference.npz", reference, images)
+    storage.publish(out, "reference", params, extractor=extractor, dataset=params.dataset,
+                    images=0 if images is None else images.shape[0])
 
 
-def statistics(extractor: fid.Extractor, split: Split, kept: int, batch_size: int) -> fid.Reference:
-    """Statistics of all images of a split, with `kept` of them (all, if there are fewer), always the same."""
-    chosen = np.zeros(split.total, bool)
-    chosen[np.random.RandomState(0).permutation(split.total)[:kept]] = True  # its stream never changes
-    parts: list[np.ndarray] = []
+class Surveyor:
+    """What an actor does: it holds the extractor, and leaves the moments of the features of a part, and those of its
+    images that are kept: all of them in a small dataset, so they go into files of a few before the moments."""
 
-    def stream() -> Iterator[np.ndarray]:
-        left = chosen
-        for images, _ in read_images(split):
-            here, left = left[:len(images)], left[len(images):]
-            parts.append(images[here])
+    def __init__(self, params: ReferenceParams, dataset: Artifact, weights: Artifact, state: Store, cluster: Cluster):
+        self.params, self.state, self.split = params, state, dataset.split("train")
+        self.extractor = load_extractor(params.extractor, weights.local(), torch.device(cluster.device))
+        self.chosen = np.zeros(self.split.total, bool)
+        order = np.random.RandomState(0).permutation(self.split.total)  # its stream never changes
+        self.chosen[order[:params.images]] = True
+
+    def __call__(self, part: dict[str, Any]) -> None:
+        pool, spatial = fid.survey(self.extractor, self.images(part["start"], part["stop"]), self.params.batch_size)
+        data, arrays = io.BytesIO(), {"extractor": np.array(self.extractor.name)}
+        for name, moments in (("pool", pool), ("spatial", spatial)):
+            arrays |= {f"{name}_{field}": np.asarray(value) for field, value in vars(moments).items()}
+        write_npz(data, arrays)
+        write_sealed(self.state, part["name"], data.getvalue())
+
+    def images(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Those of a part, a batch at a time; the chosen ones are kept on the way."""
+        held: list[np.ndarray] = []
+        files, at = itertools.count(), start
+        for images, _ in read_images(self.split, start, stop, self.params.batch_size):
+            held += [image.copy() for image in images[self.chosen[at:at + len(images)]]]
+            at += len(images)
+            while len(held) >= HELD or (held and at == min(stop, self.split.total)):
+                data = io.BytesIO()
+                np.save(data, np.stack(held[:HELD]))
+                write_sealed(self.state, f"kept-{start:09d}-{next(files):06d}.npy", data.getvalue())
+                held = held[HELD:]
             yield images
 
-    reference = fid.build_reference(extractor, stream(), batch_size, None)
-    return dataclasses.replace(reference, images=np.concatenate(parts))
+
+def merged(state: Store, names: list[str]) -> tuple[str, Reference]:
+    """The extractor's name, and the statistics of all parts together, always merged in the same order."""
+    totals: dict[str, Moments] = {}
+    extractor = ""
+    for name in names:
+        with np.load(io.BytesIO(read_sealed(state, name)), allow_pickle=False) as part:
+            extractor = str(part["extractor"])
+            for kind in ("pool", "spatial"):
+                moments = Moments(int(part[f"{kind}_count"]), part[f"{kind}_mean"], part[f"{kind}_scatter"])
+                if kind in totals:
+                    totals[kind].merge(moments)
+                else:
+                    totals[kind] = moments
+    pool, spatial = totals["pool"], totals["spatial"]
+    return extractor, Reference(pool.mean, pool.covariance(), spatial.mean, spatial.covariance(), None)
 
 
-def published(extractor: fid.Extractor, npz: str) -> fid.Reference:
-    """The reference in `npz`. ConfigError if it cannot be read or holds another extractor's features."""
+def kept_images(state: Store, count: int) -> Stream:
+    """The images that the actors have kept, in the order of the dataset."""
+    def read(name: str) -> np.ndarray:
+        try:
+            return np.load(io.BytesIO(read_sealed(state, name)), allow_pickle=False)
+        except StorageError:  # the part that has written it is to be done again
+            state.delete(f"part-{name.split('-')[1]}.npz")
+            raise
+
+    rows = map(read, sorted(state.sizes("kept-")))
+    first = next(rows)
+    return Stream((count, *first.shape[1:]), first.dtype, itertools.chain([first], rows))
+
+
+def published(params: ReferenceParams, weights: Path) -> tuple[str, Reference]:
+    """The extractor's name, and the reference in the params' npz. ConfigError if it cannot be read or holds another
+    extractor's features."""
+    npz = str(params.npz)
     try:
         reference = fid.load_reference(npz)
     except (OSError, UserError) as error:
         raise ConfigError(f"{error}; set npz of this reference to a file in ADM's layout or null") from error
+    extractor = load_extractor(params.extractor, weights, torch.device("cpu"))  # one image: no GPU is worth it
     probe = fid.extract(extractor, np.zeros((1, 32, 32, 3), np.uint8), 1)
     found, expected = (len(reference.mu), len(reference.mu_s)), (probe.pool.shape[1], probe.spatial.shape[1])
     if found != expected:
         raise ConfigError(f"{npz}: {found} pool and spatial features, but {extractor.name} makes {expected}: "
                           "it is of another extractor")
-    return reference
+    return extractor.name, reference
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    from pipeline.stages.reference import main as imported  # by name, so that Ray's workers import what they run
+
+    run_stage(imported)

@@ -207,12 +207,17 @@ def first_captions(split: Split, count: int) -> list[str]:
     return [next(caption for caption in row if caption is not None) for row in rows]
 
 
-def read_images(split: Split, limit: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images (n, H, W, 3) uint8 and labels (n,) of each shard of labelled images in turn, at most `limit` in all."""
-    left = split.total if limit is None else limit
-    for shard in range(len(split.shards)):
-        if left <= 0:
-            return
-        table = split.read(shard, ["image", "label"]).slice(0, left)
-        left -= len(table)
-        yield np.stack([decode(b) for b in table["image"].to_pylist()]), table["label"].to_numpy()
+def read_images(split: Split, start: int = 0, stop: int | None = None, count: int | None = None
+                ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Images (n, H, W, 3) uint8 and labels (n,) of the rows from `start` to `stop` (None: the end) of labelled data, at
+    most `count` at a time and a shard's."""
+    stop, first = split.total if stop is None else min(stop, split.total), 0
+    for shard, rows in enumerate(split.rows):
+        low, high = max(start - first, 0), min(stop - first, rows)
+        first += rows
+        if low >= high:
+            continue
+        table = split.read(shard, ["image", "label"])
+        for at in range(low, high, count or rows):
+            here = table.slice(at, min(count or rows, high - at))
+            yield np.stack([decode(b) for b in here["image"].to_pylist()]), here["label"].to_numpy()

@@ -6,25 +6,21 @@ uint8 images (B, 3, H, W) to {"pool", "spatial", "logits"}; a figure always belo
 """
 
 import math
-import os
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pixelgen.encoders import INCEPTION
-from pixelgen.errors import FileError
+from pixelgen.npz import Rows, Stream, naming, read_npz, write_npz
 
 Array = np.ndarray
-Images = Array | Iterable[Array]  # one array of images, or several in turn
-HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-LARGE, EXPANSION = 2**28, 50  # bytes of an array from which on it may not be more than so many times its file
+Images = Array | Rows | Iterable[Array]  # one array of images, in memory or in a file, or several in turn
+A = TypeVar("A", bound=Array | Rows)
 ROUNDING = 1e-12  # of |x|²: bounds the error of a float64 squared distance computed as |a|² + |b|² - 2ab
 
 
@@ -60,7 +56,7 @@ class Reference:
     sigma: Array
     mu_s: Array
     sigma_s: Array
-    images: Array | None
+    images: Array | Rows | None
 
     def __post_init__(self) -> None:
         _check_gaussian(self.mu, self.sigma, "mu, sigma")
@@ -70,70 +66,31 @@ class Reference:
 
 
 def load_reference(path: str | Path) -> Reference:
-    """Read an ADM reference batch: npz with mu, sigma, mu_s, sigma_s and, for precision and recall, arr_0.
-    FileError if it holds anything else."""
-    arrays = _read_npz(path, ("mu", "sigma", "mu_s", "sigma_s"), optional=("arr_0",))
-    with _naming(path):
+    """Read an ADM reference batch: npz with mu, sigma, mu_s, sigma_s and, for precision and recall, arr_0, which stays
+    in the file. FileError if it holds anything else."""
+    arrays = read_npz(path, ("mu", "sigma", "mu_s", "sigma_s"), optional=("arr_0",), lazy=("arr_0",))
+    with naming(path):
         return Reference(images=arrays.pop("arr_0", None), **arrays)
 
 
-def save_reference(path: str | Path, reference: Reference) -> None:
-    """Write that npz. Equal references give equal bytes: no clock goes into the archive."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, array in vars(reference).items():
-            if array is not None:
-                stored = "arr_0" if name == "images" else name
-                entry = zipfile.ZipInfo(f"{stored}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-                with archive.open(entry, "w", force_zip64=True) as file:
-                    np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+def save_reference(path: str | Path, reference: Reference, images: Stream | None = None) -> None:
+    """Write that npz. `images`: those of the reference, where they come a few at a time. Equal references give equal
+    bytes."""
+    arrays = vars(reference) | ({} if images is None else {"images": images})
+    write_npz(path, {"arr_0" if name == "images" else name: array for name, array in arrays.items()
+                     if array is not None})
 
 
-def load_samples(path: str | Path) -> Array:
-    """Generated images (N, H, W, 3) uint8: `arr_0` of an npz. FileError if it holds anything else."""
-    arrays = _read_npz(path, ("arr_0",))
-    with _naming(path):
-        return _check_images(arrays["arr_0"])
+def load_samples(path: str | Path) -> Rows:
+    """Generated images (N, H, W, 3) uint8: `arr_0` of an npz, in which they stay until they are read. FileError if it
+    holds anything else."""
+    rows = read_npz(path, ("arr_0",), lazy=("arr_0",))["arr_0"]
+    with naming(path):
+        return _check_images(rows)
 
 
-@contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
-    """Whatever is wrong with an archive, which can raise almost anything if it is damaged, as a FileError."""
-    try:
-        yield
-    except Exception as error:
-        raise FileError(f"{path}: {error}") from error
-
-
-def _read_npz(path: str | Path, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Array]:
-    arrays = {}
-    with open(path, "rb") as file, _naming(path), zipfile.ZipFile(file) as archive:
-        held = [name.removesuffix(".npy") for name in archive.namelist()]
-        if missing := [name for name in required if name not in held]:
-            raise ValueError(f"lacks {', '.join(missing)}; it holds {', '.join(held) or 'nothing'}")
-        for name in {*required, *optional}.intersection(held):
-            member = archive.getinfo(f"{name}.npy")
-            if member.file_size > max(LARGE, EXPANSION * os.fstat(file.fileno()).st_size):
-                raise ValueError(f"{name} claims {member.file_size:,} bytes, more than {EXPANSION} times the "
-                                 "whole file: an archive bomb")
-            with archive.open(member) as entry:
-                _check_header(entry, name, member.file_size)
-            with archive.open(member) as entry:
-                arrays[name] = np.lib.format.read_array(entry, allow_pickle=False)
-    return arrays
-
-
-def _check_header(entry: IO[bytes], name: str, size: int) -> None:
-    """ValueError unless an npy file of `size` bytes is just as long as its header says: memory is taken by that."""
-    version = np.lib.format.read_magic(entry)
-    if version not in HEADERS:
-        raise ValueError(f"{name} is in version {version} of numpy's format; expected 1.0 or 2.0")
-    shape, _, dtype = HEADERS[version](entry)
-    if not dtype.hasobject and entry.tell() + math.prod(shape) * dtype.itemsize != size:  # objects are refused later
-        raise ValueError(f"{name} claims to be {shape} {dtype}, which is not what {size:,} bytes hold")
-
-
-def _check_images(images: Array) -> Array:
-    if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape or images.dtype != np.uint8:
+def _check_images(images: A) -> A:
+    if len(images.shape) != 4 or images.shape[3] != 3 or 0 in images.shape or images.dtype != np.uint8:
         raise ValueError(f"images (arr_0) must be (N, H, W, 3) uint8, not {images.shape} {images.dtype}")
     return images
 
@@ -148,7 +105,8 @@ def _check_gaussian(mu: Array, sigma: Array, what: str) -> None:
 
 def feature_batches(extractor: Extractor, images: Images, batch_size: int) -> Iterator[Features]:
     """Features of images, at most `batch_size` at a time."""
-    for array in [images] if isinstance(images, np.ndarray) else images:
+    arrays = images.chunks(batch_size) if isinstance(images, Rows) else images
+    for array in [arrays] if isinstance(arrays, np.ndarray) else arrays:
         _check_images(array)
         for start in range(0, len(array), batch_size):
             batch = np.array(array[start : start + batch_size].transpose(0, 3, 1, 2), order="C")
@@ -164,15 +122,22 @@ def extract(extractor: Extractor, images: Images, batch_size: int) -> Features:
     return Features(**{name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]})
 
 
+@dataclass(eq=False)
 class Moments:
-    """Running mean and covariance of rows (N, D), float64. Two of them merge: workers can share a data set.
+    """Running mean (D,) and scatter (D, D) of rows (N, D), float64. Two of them merge: workers can share a data set.
 
     Batches are combined through their own means (Chan, Golub and LeVeque 1983), which is stable where the
     mean is large beside the spread; a sum of squares is not.
     """
 
-    def __init__(self, dim: int) -> None:
-        self.count, self.mean, self.scatter = 0, np.zeros(dim), np.zeros((dim, dim))
+    count: int
+    mean: Array
+    scatter: Array
+
+    @classmethod
+    def none(cls, dim: int) -> "Moments":
+        """Those of no rows."""
+        return cls(0, np.zeros(dim), np.zeros((dim, dim)))
 
     def add(self, rows: Array) -> None:
         """Take in rows (N, D)."""
@@ -204,23 +169,23 @@ class Moments:
 
 def mean_and_covariance(rows: Array) -> tuple[Array, Array]:
     """Mean (D,) and unbiased covariance (D, D) of rows (N, D), float64."""
-    moments = Moments(rows.shape[1])
+    moments = Moments.none(rows.shape[1])
     for start in range(0, len(rows), 8192):
         moments.add(rows[start : start + 8192])
     return moments.mean, moments.covariance()
 
 
-def build_reference(extractor: Extractor, images: Images, batch_size: int, kept: Array | None) -> Reference:
-    """Statistics of any number of images in constant memory; `kept` are those for precision and recall."""
+def survey(extractor: Extractor, images: Images, batch_size: int) -> tuple[Moments, Moments]:
+    """Moments of the pool and of the spatial features of any number of images, in constant memory."""
     pool = spatial = None
     for batch in feature_batches(extractor, images, batch_size):
         if pool is None or spatial is None:
-            pool, spatial = Moments(batch.pool.shape[1]), Moments(batch.spatial.shape[1])
+            pool, spatial = Moments.none(batch.pool.shape[1]), Moments.none(batch.spatial.shape[1])
         pool.add(batch.pool)
         spatial.add(batch.spatial)
     if pool is None or spatial is None:
         raise ValueError("no images")
-    return Reference(pool.mean, pool.covariance(), spatial.mean, spatial.covariance(), kept)
+    return pool, spatial
 
 
 def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:
@@ -310,16 +275,9 @@ def precision_recall(reference: Array, sample: Array, k: int = 3, chunk: int = 5
     return int(precise.sum()) / len(fake), recalled / len(real)
 
 
-def reference_pool(extractor: Extractor, reference: Reference, batch_size: int) -> Array:
-    """Pool features (N, D) of the reference's images, which precision and recall compare with."""
-    if reference.images is None:
-        raise ValueError("the reference holds no images (arr_0): precision and recall need them")
-    return extract(extractor, reference.images, batch_size).pool
-
-
 def adm_suite(ref: Reference, real_pool: Array | None, sample: Features, name: str,
               device: str | torch.device = "cpu") -> dict[str, float]:
-    """FID, sFID, Inception Score and, given `real_pool` (see `reference_pool`), precision and recall.
+    """FID, sFID, Inception Score and, given the pool features (N, D) of the reference's images, precision and recall.
 
     `name` is the extractor's. Only `inception-v3-compat` gives fid, sfid, inception_score, precision, recall;
     "digits", say, gives fd_digits, sfd_digits, inception_score_digits, precision_digits, recall_digits.

@@ -1,20 +1,25 @@
-"""GenEval in the workflow: whose name a figure carries, and what the demo's baselines are."""
+"""Evaluation in the workflow: whose name a figure carries, parts, baselines, and what the driver does without."""
+
+import dataclasses
+import io
 
 import numpy as np
 import pytest
-import torch
+from PIL import Image
 
 from pipeline.cluster import Cluster, work_through
 from pipeline.datasets import scenes
 from pipeline.judges import GeometricDetector, SceneColors
 from pipeline.params import read_params
 from pipeline.stages import evaluate
-from pipeline.stages.evaluate import geneval_name, scene_baselines
+from pipeline.stages.evaluate import Task, geneval_name, scene_baselines
 from pipeline.storage import Storage
 from pixelgen.config import ConfigError
+from pixelgen.data.shards import describe_pieces, encode_shard, read_images
 from pixelgen.metrics import fid
 from pixelgen.metrics.colors import NAME as CLIP_NAME
 from pixelgen.metrics.detector import NAME as DETECTOR_NAME
+from pixelgen.store import LocalStore
 
 
 def test_only_the_benchmark_s_own_networks_make_it_geneval():
@@ -26,6 +31,7 @@ def test_only_the_benchmark_s_own_networks_make_it_geneval():
 
 def touch(folder, word):
     def work(part):
+        assert not (folder / part["name"]).exists(), "done again"
         (folder / part["name"]).write_text(word)
     return work
 
@@ -34,8 +40,11 @@ def touch(folder, word):
 def test_what_one_worker_on_this_machine_does_needs_no_ray(tmp_path, monkeypatch, parts, workers):
     monkeypatch.setattr("pipeline.cluster.connect", lambda cluster: pytest.fail("Ray was started"))
     cluster = Cluster(None, workers, 0.5, 0, 1, 0, 1, None)
-    work_through([{"name": name} for name in parts], touch, (tmp_path, "done"), cluster, "touch")
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(parts, "done")
+    (tmp_path / "b").write_text("done")
+    for _ in range(2):
+        work_through([{"name": name} for name in parts], touch, (tmp_path, "done"), cluster, "touch",
+                     LocalStore(tmp_path))
+        assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys({*parts, "b"}, "done")
 
 
 def test_shuffled_scenes_are_of_another_prompt_of_the_tag(monkeypatch):
@@ -49,9 +58,8 @@ def test_shuffled_scenes_are_of_another_prompt_of_the_tag(monkeypatch):
             assert len({*wanted}) == len(wanted) == len(seeds)
             return np.zeros((len(wanted), 8, 8, 3), np.uint8)
 
-    monkeypatch.setattr("pipeline.stages.evaluate.untrained", lambda *_: Untrained())
     whole = read_params()
-    found = scene_baselines(whole, whole.evaluate["geneval"], prompts, None, torch.device("cpu"))
+    found = scene_baselines(prompts, Task(whole, whole.evaluate["geneval"], None, None), Untrained())
     assert list(found) == ["rendered", "shuffled", "untrained"]
     assert seen[:len(prompts)] == prompts == found["rendered"][0] == found["shuffled"][0]
     others = seen[len(prompts):]
@@ -59,24 +67,126 @@ def test_shuffled_scenes_are_of_another_prompt_of_the_tag(monkeypatch):
     assert len(found["untrained"][0]) == len(found["untrained"][1]) == len({p["prompt"] for p in prompts})
 
 
+@pytest.fixture
+def task(tmp_path, monkeypatch):
+    """Makes the task of scoring some samples against a reference and held-out images, all of 8 pixels."""
+    def make(drawn, kept, heldout, reference=None):
+        whole, storage, random = read_params(), Storage(None), np.random.default_rng(0)
+        samples, stored, data, weights = (
+            tmp_path / "out" / name for name in ("sample/c2i", "reference/digits", "shard/digits", "weights"))
+        for folder in (samples, stored, data, weights):
+            folder.mkdir(parents=True)
+        np.savez(samples / "samples.npz", random.integers(0, 256, (drawn, 8, 8, 3), np.uint8))
+        np.save(samples / "labels.npy", np.zeros(drawn))
+        storage.publish(samples, "samples", {}, images=drawn)
+        fid.save_reference(stored / "reference.npz", reference or fid.Reference(
+            np.zeros(3), np.eye(3), np.zeros(2), np.eye(2), random.integers(0, 256, (kept, 8, 8, 3), np.uint8)))
+        storage.publish(stored, "reference", {}, images=kept)
+        rows = [{"key": f"{n}", "image": png(random.integers(0, 256, (8, 8, 3), np.uint8)), "label": n % 10}
+                for n in range(heldout)]
+        (data / "a").write_bytes(shard := encode_shard(rows))
+        shards = [{"path": "a", "rows": heldout, "size": 8, "pieces": describe_pieces(shard)}]
+        storage.publish(data, "dataset", {}, sources={"digits": {"splits": {"heldout": {"shards": shards}}}})
+        storage.publish(weights, "weights", {})
+        return Task(whole, whole.evaluate["fid"], storage.open(samples, "samples"), storage.open(weights, "weights"),
+                    storage.open(stored, "reference"), storage.open(data, "dataset"))
+
+    monkeypatch.setattr(evaluate, "load_extractor", lambda *_: Means())
+    monkeypatch.setattr(evaluate, "untrained", lambda task, device: Noise())
+    return make
+
+
+def png(image):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+class Means:
+    """Pool: mean of each channel. Spatial: two pixels. Logits: the largest value of each channel."""
+
+    name = "means"
+
+    def __call__(self, images):
+        x = images.double()
+        return {"pool": x.mean((2, 3)), "spatial": x[:, 0, :2, 0], "logits": x.amax((2, 3)) / 50}
+
+
+class Noise:
+    """An untrained model: image i is of its seed and class alone."""
+
+    def generate(self, wanted, seeds, sampler, batch_size):
+        assert len(wanted) <= batch_size == 32
+        return np.stack([np.random.default_rng([label, seed]).integers(0, 256, (8, 8, 3), np.uint8)
+                         for label, seed in zip(wanted, seeds, strict=True)])
+
+
 @pytest.mark.parametrize(("drawn", "kept", "heldout", "says"), [
     (3, 4, 4, "sample c2i has 3 images"), (4, 3, 4, "reference digits has 3 images"),
     (4, 4, 3, "the held-out split of digits, for baselines, has 3 images")])
-def test_too_few_images_are_named_before_any_work(tmp_path, monkeypatch, drawn, kept, heldout, says):
-    whole, storage = read_params(), Storage(None)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "load_extractor", lambda *_: None)
-    samples, reference, data = (tmp_path / "out" / name for name in ("sample/c2i", "reference/digits", "shard/digits"))
-    for folder in (samples, reference, data):
-        folder.mkdir(parents=True)
-    np.savez(samples / "samples.npz", np.zeros((drawn, 8, 8, 3), np.uint8))
-    np.save(samples / "labels.npy", np.zeros(drawn))
-    storage.publish(samples, "samples", {})
-    fid.save_reference(reference / "reference.npz", fid.Reference(
-        np.zeros(3), np.eye(3), np.zeros(2), np.eye(2), np.zeros((kept, 8, 8, 3), np.uint8)))
-    storage.publish(reference, "reference", {})
-    (data / "a").touch()
-    shards = [{"path": "a", "rows": heldout, "size": 8}]
-    storage.publish(data, "dataset", {}, sources={"digits": {"splits": {"heldout": {"shards": shards}}}})
+def test_too_few_images_are_named_before_any_work(task, tmp_path, monkeypatch, drawn, kept, heldout, says):
+    monkeypatch.setattr(evaluate, "work_through", lambda *_: pytest.fail("work was done"))
     with pytest.raises(ConfigError, match=f"{says}, too few to score: at least 4 are needed"):
-        evaluate.fid(whole, whole.evaluate["fid"], storage, storage.open(samples, "samples"), tmp_path, "cpu")
+        evaluate.fid(task(drawn, kept, heldout), LocalStore(tmp_path), ONE)
+
+
+def numbers(found):
+    return {name: value for name, value in found.items() if isinstance(value, float)}
+
+
+ONE = Cluster(None, 1, 0.5, 0, 1, 0, 1, None)
+
+
+def test_figures_are_those_of_all_images_however_they_are_cut(task, tmp_path, monkeypatch):
+    """By the library's functions on all of them at once."""
+    given = task(40, 30, 50)
+    found = evaluate.fid(given, LocalStore(tmp_path / "whole"), ONE)
+    folder = tmp_path / "out"
+    reference = fid.load_reference(folder / "reference/digits/reference.npz")
+    drawn = Noise().generate([i % 10 for i in range(32)], range(32), None, 32), \
+        Noise().generate([i % 10 for i in range(32, 50)], range(32, 50), None, 32)
+    real = (images for images, _ in read_images(given.heldout))
+    sample, kept, heldout, untrained = (fid.extract(Means(), images, 100) for images in (
+        fid.load_samples(folder / "sample/c2i/samples.npz"), reference.images, real, np.concatenate(drawn)))
+    expected = fid.adm_suite(reference, kept.pool, sample, "means")
+    expected["fd_means_floor"], expected["fd_means_ceiling"] = (
+        fid.frechet_distance(reference.mu, reference.sigma, *fid.mean_and_covariance(of.pool))
+        for of in (heldout, untrained))
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert found["extractor"] == "means" and found["reference"]["dataset"] == "digits"
+
+    monkeypatch.setattr(evaluate, "PART", 37)
+    assert [part["pieces"] for part in evaluate.plan_parts({"a": 40, "b": 30, "c": 0, "d": 5})] == [
+        [("a", 0, 37)], [("a", 37, 40), ("b", 0, 30), ("d", 0, 4)], [("d", 4, 5)]]
+    state = LocalStore(tmp_path / "parts")
+    assert numbers(evaluate.fid(given, state, ONE)) == pytest.approx(numbers(found))
+    assert len(state.sizes("part-")) == 5  # 170 images
+    state.delete("part-000002.npz")
+    state.delete("figures.json")
+    seen = []
+
+    def counted(*given):
+        seen.append(fid.extract(*given))
+        return seen[-1]
+
+    monkeypatch.setattr(evaluate, "extract", counted)
+    assert numbers(evaluate.fid(given, state, ONE)) == pytest.approx(numbers(found))
+    assert sum(len(features.pool) for features in seen) == 37, "finished parts are not done again"
+
+
+def test_the_driver_of_fid_needs_no_gpu(task, tmp_path, monkeypatch):
+    """Workers elsewhere have one; here, whatever asks for it fails."""
+    def elsewhere(parts, make, arguments, cluster, *rest):
+        *before, told = arguments
+        assert told.device == "cuda"
+        work_through(parts, make, (*before, ONE), ONE, *rest)
+
+    monkeypatch.setattr(evaluate, "work_through", elsewhere)
+    far = dataclasses.replace(ONE, gpus_per_worker=1, readers="self")
+    assert evaluate.fid(task(4, 4, 4), LocalStore(tmp_path), far)["extractor"] == "means"
+
+
+def test_a_reference_without_images_gives_no_precision(task, tmp_path):
+    without = fid.Reference(np.zeros(3), np.eye(3), np.zeros(2), np.eye(2), None)
+    found = evaluate.fid(task(4, 0, 4, without), LocalStore(tmp_path), ONE)
+    assert "fd_means" in found and "precision_means" not in found

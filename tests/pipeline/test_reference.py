@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.cluster import Cluster, work_through
 from pipeline.datasets import work
 from pipeline.params import ReferenceParams, StorageParams
 from pipeline.stages import reference
@@ -40,8 +41,8 @@ def stage(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["reference", "name"])
     monkeypatch.setattr(reference, "read_params", lambda: dataclasses.make_dataclass("P", ["reference", "storage"])(
         chosen, StorageParams(None)))
-    monkeypatch.setattr(reference, "read_cluster", lambda: dataclasses.make_dataclass(
-        "C", ["device", "threads"])("cpu", 1))
+    monkeypatch.setattr(reference, "read_cluster", lambda: Cluster(None, 1, 0.5, 0, 1, 0, 1, None))
+    monkeypatch.setattr("pipeline.runs.code_hash", lambda stage: "")
     monkeypatch.setattr(reference, "load_extractor", load_extractor)
     chosen: dict[str, ReferenceParams] = {}
     params = folder_params(make_plain(tmp_path / "data", classes=2, each=10), rows_per_shard=6)
@@ -93,10 +94,11 @@ def test_statistics_are_of_every_training_image(stage):
 
 def test_kept_images_are_a_random_part_always_the_same(stage):
     images = every_image()
-    kept = stage(PARAMS).images
+    kept = np.asarray(stage(PARAMS).images)
     places = [int(np.flatnonzero((images == one).all((1, 2, 3)))[0]) for one in kept]
     assert len(kept) == 7 and places == sorted(set(places)) and places[-1] > 7 and places != list(range(7))
     first = Path("out/reference/name/reference.npz").read_bytes()
+    shutil.rmtree("runs")
     stage(PARAMS)
     assert Path("out/reference/name/reference.npz").read_bytes() == first
 
@@ -110,6 +112,50 @@ def test_batch_size_changes_nothing_but_rounding(stage):
     one, other = (stage(dataclasses.replace(PARAMS, batch_size=size)) for size in (1, 100))
     np.testing.assert_allclose(one.sigma, other.sigma, rtol=1e-10)
     assert np.array_equal(one.images, other.images)
+
+
+def test_parts_change_nothing_but_rounding_and_are_done_once(stage, monkeypatch):
+    whole = stage(PARAMS)
+    monkeypatch.setattr(reference, "PART", 7)
+    monkeypatch.setattr(reference, "HELD", 2)
+    shutil.rmtree("runs")
+    in_parts = stage(PARAMS)
+    for name in ("mu", "sigma", "mu_s", "sigma_s"):
+        np.testing.assert_allclose(getattr(in_parts, name), getattr(whole, name), rtol=1e-10, atol=1e-10)
+    assert np.array_equal(in_parts.images, whole.images)
+    run, = Path("runs/reference@name").iterdir()
+    assert [p.name for p in sorted(run.glob("part-*"))] == [f"part-{n:09d}.npz" for n in (0, 7, 14)]
+    assert len([*run.glob("kept-*")]) > 3  # of two images at most
+    (run / "part-000000007.npz").unlink()
+    monkeypatch.setattr(reference, "read_images", lambda split, start, *rest: read_images(split, start, *rest)
+                        if start == 7 else pytest.fail("a finished part was done again"))
+    assert np.array_equal(stage(PARAMS).sigma, in_parts.sigma)
+
+
+def test_a_damaged_file_of_kept_images_is_made_again(stage):
+    first = np.asarray(stage(PARAMS).images)
+    damaged, = Path("runs").rglob("kept-*")
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(StorageError, match=f"{damaged.name} .* was damaged and is deleted: run `dvc repro` again"):
+        stage(PARAMS)
+    assert np.array_equal(stage(PARAMS).images, first)
+
+
+def test_the_driver_needs_no_gpu(stage, monkeypatch):
+    """Workers elsewhere have one; here, whatever asks for it fails."""
+    def elsewhere(parts, make, arguments, cluster, *rest):
+        *before, told = arguments
+        assert told.device == "cuda"
+        here = dataclasses.replace(cluster, gpus_per_worker=0)
+        work_through(parts, make, (*before, here), here, *rest)
+
+    monkeypatch.setattr(reference, "read_cluster", lambda: Cluster(None, 1, 0.5, 1, 1, 0, 1, "self"))
+    monkeypatch.setattr(reference, "work_through", elsewhere)
+    assert len(stage(PARAMS).images) == 7
+    fid.save_reference("theirs.npz", fid.Reference(np.arange(3.0), np.eye(3), np.ones(2), np.eye(2), None))
+    assert stage(dataclasses.replace(PARAMS, npz="theirs.npz")).images is None
 
 
 def test_a_single_image_has_no_statistics(stage, monkeypatch):

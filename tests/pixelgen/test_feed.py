@@ -97,14 +97,15 @@ def batches(plan, lanes, start, stop, executor=InProcess()):
     return list(lane_batches(plan, lanes, start, stop, torch.device("cpu"), encode if plan.text else None, executor))
 
 
-def test_images_are_read_in_order_and_up_to_a_limit(split):
+def test_any_range_of_images_is_read_in_order(split):
     assert split.total == 178 and split.rows == (5, 150, 23)
-    for limit in (None, 0, 3, 5, 6, 178, 200):
-        parts = list(read_images(split, limit))
-        count = 178 if limit is None else min(limit, 178)
-        assert [label for _, labels in parts for label in labels] == list(range(count))
+    ranges = [(0, None), (0, 0), (0, 3), (0, 5), (0, 6), (4, 156), (5, 155), (20, 100), (155, 178), (177, 200),
+              (178, None)]
+    for (start, stop), count in itertools.product(ranges, (None, 1, 40)):
+        parts = list(read_images(split, start, stop, count))
+        assert [label for _, labels in parts for label in labels] == [*range(178)][start:stop]
         for images, labels in parts:
-            assert images.dtype == np.uint8 and images.shape == (len(labels), 8, 8, 3)
+            assert len(images) <= (count or 150) and images.dtype == np.uint8 and images.shape == (len(labels), 8, 8, 3)
             assert np.array_equal(images[-1], picture(int(labels[-1]), 8, 8))
 
 

@@ -13,7 +13,7 @@ READERS = {"load", "loads", "load_file", "safe_open", "read_array", "memmap", "f
 SAFE = {"json.loads", "load", "loads"}  # JSON, and functions of our own that are called by their bare names
 READ = {  # file -> its calls of readers
     "pixelgen/tensors.py": {"load_file(path)", "torch.load(path, map_location='cpu', weights_only=True)"},
-    "pixelgen/metrics/fid.py": {"np.lib.format.read_array(entry, allow_pickle=False)"},
+    "pixelgen/npz.py": {"np.lib.format.read_array(entry, allow_pickle=False)"},
     "pixelgen/metrics/pretrained.py": {"network.from_pretrained(None, …)"},  # weights that have been read already
     "pixelgen/metrics/colors.py": {"CLIPConfig.from_pretrained(path)", "CLIPTokenizer.from_pretrained(path)"},
     "pixelgen/metrics/detector.py": {"Mask2FormerConfig.from_pretrained(path)"},
@@ -25,7 +25,9 @@ READ = {  # file -> its calls of readers
     "pixelgen/data/executors.py": {"pickle.load(process.stdout)", "pickle.load(sys.stdin.buffer)"},
     "pipeline/stages/sample.py": {"PixelGen.from_pretrained(model.local(), …)",
                                   "np.load(io.BytesIO(read_sealed(state, part.name)), allow_pickle=False)"},
-    "pipeline/stages/evaluate.py": {"np.load(folder / 'labels.npy', allow_pickle=False)"},
+    "pipeline/stages/reference.py": {"np.load(io.BytesIO(read_sealed(state, name)), allow_pickle=False)"},
+    "pipeline/stages/evaluate.py": {"np.load(self.task.samples.local() / 'labels.npy', allow_pickle=False)",
+                                    "np.load(io.BytesIO(read_sealed(self.state, part['name'])), allow_pickle=False)"},
     "pipeline/stages/shard.py": {"pickle.loads(row['job'])"},  # the driver hands jobs to Ray tasks of its own
     "pipeline/stages/weights.py": {"Qwen2Tokenizer.from_pretrained(out)",  # what has just been made
                                    "timm.create_model(STAND_IN['architecture'], …)"},
