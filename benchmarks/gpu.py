@@ -38,8 +38,9 @@ from pixelgen.encoders.lpips import Lpips
 from pixelgen.encoders.text import TextEncoder
 from pixelgen.generate import PixelGen
 from pixelgen.models import SIZES, TEXT_SIZES, build_denoiser, denoiser_config, text_denoiser_config
-from pixelgen.models.speed import compile_blocks, store_in_bf16
+from pixelgen.models.speed import compile_blocks
 from pixelgen.objective import Objective
+from pixelgen.precision import store_in_bf16
 from pixelgen.train import LaneBatch, create_state, train
 
 TINY = os.environ.get("PIXELGEN_TINY") == "1"

@@ -4,11 +4,14 @@ import argparse
 import signal
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from pixelgen.config import SamplerName
 from pixelgen.errors import UserError
 from pixelgen.prompts import LAYOUTS
+
+if TYPE_CHECKING:
+    from pixelgen.generate import PixelGen
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,14 +51,14 @@ def main(arguments: list[str] | None = None) -> int:
     draw.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"))
     draw.add_argument("--timeshift", type=float, default=1.0)
     draw.add_argument("--order", type=int, help="of adams_bashforth")
-    draw.add_argument("--device", default="cpu")
-    draw.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    _add_device(draw)
+    _add_precision(draw)
 
     app = commands.add_parser("app", help="draw in the browser, on this machine")
     app.add_argument("model", help="directory of an exported model, or a Hub repository owner/name")
     app.add_argument("--text-encoder", type=Path, help="folder of the encoder that the model was trained with")
-    app.add_argument("--device", default="cpu")
-    app.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    _add_device(app)
+    _add_precision(app)
     app.add_argument("--port", type=int, default=7860)
 
     evaluate = commands.add_parser("evaluate", help="score generated images")
@@ -66,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
                          help="mmdet's Mask2Former Swin-S .pth, or a directory of transformers' with one")
     geneval.add_argument("--clip", type=Path, required=True, metavar="PATH", help="directory of CLIP ViT-L/14")
     geneval.add_argument("--out", type=Path, default=Path("results.jsonl"), help="metrics.json is put beside it")
-    geneval.add_argument("--device", default="cpu")
+    _add_device(geneval)
     args = parser.parse_args(arguments)
     try:
         return COMMANDS[args.command](args)
@@ -75,6 +78,41 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"pixelgen {args.command}: {error}", file=sys.stderr)
         return 1
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; left out: a GPU if there is one")
+
+
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="left out: bf16 on a GPU, fp32 on a CPU")
+
+
+def _device(args: argparse.Namespace) -> str:
+    """The device to work on. ConfigError if it is not there."""
+    import torch
+
+    from pixelgen.config import ConfigError, require
+
+    gpus = torch.cuda.device_count()
+    device = args.device or ("cuda" if gpus else "cpu")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"--device {device!r}: cpu, cuda or cuda:N") from None
+    require(wanted.type != "cuda" or (wanted.index or 0) < gpus, f"--device {device}: torch sees {gpus} GPUs here")
+    return device
+
+
+def _model(args: argparse.Namespace) -> "PixelGen":
+    """The model of the command line, on its device; says in what precision, which figures depend on."""
+    from pixelgen.generate import PixelGen
+    from pixelgen.precision import preferred
+
+    device = _device(args)
+    precision = args.precision or preferred(device)
+    print(f"drawing in {precision} on {device}", file=sys.stderr)
+    return PixelGen.from_pretrained(args.model, device=device, precision=precision, text_encoder=args.text_encoder)
 
 
 def _given(error: OSError, args: argparse.Namespace) -> bool:
@@ -117,7 +155,6 @@ def _sample(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from pixelgen.config import SamplerConfig, require
-    from pixelgen.generate import PixelGen
     from pixelgen.images import grid
     from pixelgen.prompts import check_layout, read_prompts, write_images
 
@@ -126,15 +163,16 @@ def _sample(args: argparse.Namespace) -> int:
     if prompts:
         check_layout(args.layout, args.per_prompt)
         require(args.per_prompt >= 1, f"--per-prompt {args.per_prompt}: at least 1")
-        args.out.mkdir(parents=True)  # FileExistsError: images of another run are never mixed in
+        require(not args.out.exists(), f"{args.out} exists: name a new folder, images of two runs are never mixed")
     else:
         require(args.out.suffix == ".png", f"{args.out}: images of --labels go into one picture: name a .png")
-    model = PixelGen.from_pretrained(args.model, device=args.device, precision=args.precision,
-                                     text_encoder=args.text_encoder)
+    model = _model(args)
     if not prompts:
         images = model.generate(args.labels, range(args.seed, args.seed + len(args.labels)), sampler)
         grid(images, columns=min(8, len(images))).save(args.out)
-    for n, prompt in enumerate(tqdm(prompts, disable=not prompts)):
+        return 0
+    args.out.mkdir(parents=True)
+    for n, prompt in enumerate(tqdm(prompts)):
         first = args.seed + n * args.per_prompt
         images = model.generate([prompt.text] * args.per_prompt, range(first, first + args.per_prompt), sampler,
                                 negative=args.negative)
@@ -144,11 +182,8 @@ def _sample(args: argparse.Namespace) -> int:
 
 def _app(args: argparse.Namespace) -> int:
     from pixelgen.app import serve
-    from pixelgen.generate import PixelGen
 
-    model = PixelGen.from_pretrained(args.model, device=args.device, precision=args.precision,
-                                     text_encoder=args.text_encoder)
-    serve(model, args.model, args.port)
+    serve(_model(args), args.model, args.port)
     return 0
 
 
@@ -162,7 +197,8 @@ def _evaluate_geneval(args: argparse.Namespace) -> int:
     from pixelgen.metrics.geneval import TAGS, Rules, evaluate_folder, list_images
 
     list_images(args.directory)  # before the slow loading
-    detector, colors = load_detector(args.detector, args.device), load_colors(args.clip, args.device)
+    device = _device(args)
+    detector, colors = load_detector(args.detector, device), load_colors(args.clip, device)
     figures = evaluate_folder(args.directory, detector, colors, Rules(), args.out,
                               progress=lambda left: tqdm(left, unit="image"))
     args.out.with_name("metrics.json").write_text(json.dumps(figures, indent=2) + "\n")

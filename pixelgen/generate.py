@@ -14,7 +14,8 @@ from pixelgen.errors import CheckpointError
 from pixelgen.images import to_uint8
 from pixelgen.models.jit import JiT
 from pixelgen.models.jit_t2i import JiTText
-from pixelgen.models.speed import compile_blocks, store_in_bf16
+from pixelgen.models.speed import compile_blocks
+from pixelgen.precision import store_in_bf16
 from pixelgen.samplers import Callback, sample
 
 BATCH = 32  # samples that the networks of the workflow see at once: no byte depends on how many are asked for

@@ -24,8 +24,9 @@ from pixelgen.encoders.lpips import load_lpips
 from pixelgen.encoders.text import TextEncoder, load_text_encoder
 from pixelgen.errors import StorageError, UserError
 from pixelgen.generate import PixelGen
-from pixelgen.models.speed import compile_blocks, store_in_bf16
+from pixelgen.models.speed import compile_blocks
 from pixelgen.objective import Objective
+from pixelgen.precision import store_in_bf16
 from pixelgen.recipe import Recipe
 from pixelgen.recorders import Curve, Grids, Saves
 from pixelgen.saving import NOTES, Checkpoints, writing

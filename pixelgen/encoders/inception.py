@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pixelgen.encoders import INCEPTION
 from pixelgen.errors import CheckpointError
+from pixelgen.precision import ieee_fp32
 from pixelgen.tensors import read_pickle
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -33,12 +34,8 @@ class Inception:
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Features of images with values 0..255; the network resizes them to 299×299 as TensorFlow 1 does."""
-        convolution = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-        precision, convolution.fp32_precision = convolution.fp32_precision, "ieee"  # not TF32, the default
-        try:
+        with ieee_fp32():
             pool, logits = self.network(images.to(self.device))
-        finally:
-            convolution.fp32_precision = precision
         return {"pool": pool, "spatial": self._spatial, "logits": logits}
 
 

@@ -16,6 +16,7 @@ from pixelgen.errors import CheckpointError
 from pixelgen.images import plain_crop
 from pixelgen.metrics.geneval import COLORS, TEMPLATES, crop
 from pixelgen.metrics.pretrained import build, read_weights, weights_file
+from pixelgen.precision import ieee_fp32
 from pixelgen.tensors import reading
 
 Array = np.ndarray
@@ -43,6 +44,7 @@ class ClipColors:
         return ((pixels - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)
 
     @torch.inference_mode()
+    @ieee_fp32()
     def __call__(self, image: Array, class_name: str, boxes: Array, masks: Array) -> list[str]:
         crops = [self.prepare(Image.fromarray(crop(image, *each))) for each in zip(boxes, masks, strict=True)]
         names = []

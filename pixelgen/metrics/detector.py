@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from pixelgen.errors import CheckpointError
 from pixelgen.metrics.geneval import Found
 from pixelgen.metrics.pretrained import build, read_weights, weights_file
+from pixelgen.precision import ieee_fp32
 from pixelgen.tensors import reading
 
 Array = np.ndarray
@@ -55,7 +56,8 @@ class Mask2Former:
     @torch.inference_mode()
     def __call__(self, image: Array) -> dict[str, Found]:
         inputs, resized = prepare(image)
-        seen = self.network(pixel_values=inputs.to(self.device))
+        with ieee_fp32():
+            seen = self.network(pixel_values=inputs.to(self.device))
         height, width = inputs.shape[-2:]
         return find(seen.class_queries_logits[0], seen.masks_queries_logits[0], (height, width), resized,
                     (image.shape[0], image.shape[1]))

@@ -12,7 +12,7 @@ from pixelgen.checkpoint import CheckpointError, export
 from pixelgen.cli import main
 from pixelgen.config import ConfigError, SamplerConfig
 from pixelgen.models.jit_t2i import JiTText
-from pixelgen.models.speed import store_in_bf16
+from pixelgen.precision import store_in_bf16
 from tests.pixelgen.conftest import TINY_TEXT, randomised, some_images, tiny_config, tiny_denoiser, tiny_text
 
 LABELS, SEEDS = [i % 4 for i in range(16)], list(range(100, 116))
@@ -112,7 +112,8 @@ def test_a_repository_that_cannot_be_had_is_named(monkeypatch):
 def test_command_line(tmp_path, capsys, model):
     export(tmp_path / "m", tiny_config(), model.denoiser.state_dict(), model.denoiser.state_dict(), {})
     arguments = ["sample", str(tmp_path / "m"), str(tmp_path / "out.png"), "--steps", "2", "--labels"]
-    assert main([*arguments, "0", "3"]) == 0
+    assert main([*arguments, "0", "3", "--device", "cpu"]) == 0
+    assert capsys.readouterr().err == "drawing in fp32 on cpu\n"
     from PIL import Image
 
     picture = np.asarray(Image.open(tmp_path / "out.png"))
@@ -129,6 +130,30 @@ def test_command_line(tmp_path, capsys, model):
     arguments[2] = str(tmp_path / "out")
     assert main([*arguments, "0"]) == 1
     assert "out: images of --labels go into one picture: name a .png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("gpus", "given", "says"), [
+    (0, [], "drawing in fp32 on cpu"), (2, [], "drawing in bf16 on cuda"),
+    (2, ["--device", "cpu"], "drawing in fp32 on cpu"), (2, ["--device", "cuda:1"], "drawing in bf16 on cuda:1"),
+    (1, ["--precision", "fp32"], "drawing in fp32 on cuda"),
+    (0, ["--precision", "bf16"], "drawing in bf16 on cpu"),
+    (2, ["--device", "cuda:2"], "--device cuda:2: torch sees 2 GPUs here"),
+    (0, ["--device", "cuda"], "--device cuda: torch sees 0 GPUs here"),
+    (1, ["--device", "gpu"], "--device 'gpu': cpu, cuda or cuda:N")])
+@pytest.mark.parametrize("command", [["sample", "m", "x.png", "--labels", "0"], ["app", "m"]])
+def test_what_is_drawn_on_and_in(monkeypatch, capsys, command, gpus, given, says):
+    """What the command line says is what is loaded."""
+    loaded = []
+
+    def load(source, device, precision, **_):
+        loaded.append(f"drawing in {precision} on {device}")
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(PixelGen, "from_pretrained", load)
+    assert main([*command, *given]) == 1
+    assert says in capsys.readouterr().err
+    assert loaded == [says] * says.startswith("drawing")
 
 
 @pytest.mark.parametrize("bug", [lambda args: [*zip([1], [], strict=True)], lambda args: Path("of ours").read_text()])

@@ -23,8 +23,8 @@ from pixelgen.encoders.dino import (
 )
 from pixelgen.encoders.lpips import load_lpips, unit
 from pixelgen.losses import balance_weight, feature_distance
-from pixelgen.models.speed import store_in_bf16
 from pixelgen.objective import Draws, Losses, Objective, WithProjector, join, repa_projector
+from pixelgen.precision import store_in_bf16
 from tests.pixelgen.conftest import (
     StandInDino,
     some_images,
