@@ -29,7 +29,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch.profiler import ProfilerActivity, profile
 
-from pixelgen.config import FitConfig, ObjectiveConfig, OptimizerConfig, SamplerConfig
+from pixelgen.config import FitConfig, MemoryConfig, ObjectiveConfig, OptimizerConfig, SamplerConfig
 from pixelgen.data.executors import processes
 from pixelgen.data.feed import Plan, Source, lane_batches
 from pixelgen.data.shards import LocalFile, Shard, Split, describe_pieces, encode_shard
@@ -125,7 +125,7 @@ def prepared_training(row: str, size: str, image_size: int, batch: int, gated: t
     state = create_state(d, objective, o, 0, DEVICE)
     batches = fed(batch, lanes) if row.endswith("fed") else made(image_size, lanes, encoder)
     described = {"parameters": sum(p.numel() for p in state.model.denoiser.parameters()), "batch": batch}
-    return train(state, batches, objective, o, config, lanes_per_pass=lanes), described
+    return train(state, batches, objective, o, config, memory=MemoryConfig(lanes)), described
 
 
 def made(image_size: int, lanes: int, encoder: TextEncoder | None) -> Iterator[list[LaneBatch]]:

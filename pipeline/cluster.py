@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline import session
-from pixelgen.config import ConfigError, choose, load, require
+from pixelgen.config import ConfigError, MemoryConfig, choose, load, require
 from pixelgen.data.executors import processors_left
 from pixelgen.errors import StorageError, UserError
 from pixelgen.recipe import read_yaml
@@ -49,6 +49,8 @@ class Cluster:
     # Who decodes images for each rank: itself (self), processes(N) beside it, or tasks(N) of Ray anywhere; null: itself
     # on a CPU, and beside a GPU of this machine its share of the CPUs
     readers: str | None
+    recomputed_blocks: int = 0  # of the denoiser's blocks, how many are computed again in the backward pass
+    averages_on_cpu: bool = False
 
     def __post_init__(self) -> None:
         require(self.address is None or None not in (self.workers, self.gpus_per_worker), "workers and "
@@ -57,11 +59,16 @@ class Cluster:
         require(self.threads_per_worker >= 1, f"threads_per_worker {self.threads_per_worker} must be at least 1")
         require(self.cpus_per_worker >= 0 and (self.gpus_per_worker or 0) >= 0, "resources must not be negative")
         require(self.max_failures >= 0, "max_failures must not be negative")
-        require(self.lanes_per_pass >= 1, f"lanes_per_pass {self.lanes_per_pass} must be at least 1")
+        assert self.memory  # which checks itself
         require(self.readers is None or re.fullmatch(READERS, self.readers) is not None, f"readers {self.readers!r}: "
                 "expected self, processes(N) or tasks(N) with a whole number N of at least 1, or null")
         require(self.address is None or self.readers is not None, "readers: null means this machine's processors; "
                 "state them for the cluster at an address")
+
+    @property
+    def memory(self) -> MemoryConfig:
+        """How training is to fit into a GPU."""
+        return MemoryConfig(self.lanes_per_pass, self.recomputed_blocks, self.averages_on_cpu)
 
     @property
     def gpus(self) -> float:

@@ -33,7 +33,7 @@ class Run(Place):
         """The training on this machine, where what it needs is fetched to."""
         start = self.start.local() if self.start else None
         return Training(self.recipe, self.directory, self.store, self.plan, self.weights.local(), start,
-                        self.cluster.lanes_per_pass)
+                        self.cluster.memory)
 
 
 @whole_tracebacks()

@@ -27,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument("--init", type=Path, help="exported model to begin with")
     train.add_argument("--readers", type=int, help="processes that decode images for each rank; 0: the rank itself")
     train.add_argument("--lanes-per-pass", type=int, default=1, help="of a rank's lanes, how many share a forward pass")
+    train.add_argument("--recomputed-blocks", type=int, default=0,
+                       help="of the denoiser, how many are computed again in the backward pass, to save memory")
+    train.add_argument("--averages-on-cpu", action="store_true", help="to save memory at the cost of time")
     train.add_argument("--threads", type=int, help="of torch in each rank; on a CPU the last bits depend on it")
 
     convert = commands.add_parser("convert", help="turn a published .ckpt into a model directory")
@@ -122,20 +125,21 @@ def _given(error: OSError, args: argparse.Namespace) -> bool:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from pixelgen.config import require
+    from pixelgen.config import MemoryConfig, require
     from pixelgen.recipe import read_recipe
 
     recipe = read_recipe(args.config, args.key, args.init is not None)  # before the slow loading
-    for name in ("readers", "lanes_per_pass", "threads"):
-        given, least = getattr(args, name), int(name != "readers")
-        require(given is None or given >= least, f"--{name.replace('_', '-')} {given}: at least {least}")
+    memory = MemoryConfig(args.lanes_per_pass, args.recomputed_blocks, args.averages_on_cpu)
+    for name, least in (("readers", 0), ("threads", 1)):
+        given = getattr(args, name)
+        require(given is None or given >= least, f"--{name} {given}: at least {least}")
     import torch
 
     from pixelgen.standalone import train_here
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    told = train_here(recipe, args.shards, args.out, args.weights, args.init, args.readers, args.lanes_per_pass)
+    told = train_here(recipe, args.shards, args.out, args.weights, args.init, args.readers, memory)
     if told:
         print(f"stopped: {told}, the same command goes on from there", file=sys.stderr)
         return 128 + signal.SIGTERM

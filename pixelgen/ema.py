@@ -4,7 +4,7 @@ import copy
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -16,5 +16,7 @@ def ema_copy(model: M) -> M:
 
 @torch.no_grad()
 def ema_update(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average ← decay·average + (1 - decay)·model, parameter by parameter."""
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    """average ← decay·average + (1 - decay)·model, parameter by parameter, on the device of the average."""
+    averages: list[Tensor] = list(average.parameters())
+    weights = [p.to(a.device) for a, p in zip(averages, model.parameters(), strict=True)]
+    torch._foreach_lerp_(averages, weights, 1 - decay)

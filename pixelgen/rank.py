@@ -1,6 +1,8 @@
 """What each rank of a training does: build the networks, go on from the newest checkpoint, train, record."""
 
 import contextlib
+import copy
+import os
 import shutil
 import signal
 import threading
@@ -15,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pixelgen.checkpoint import export, load_state, read_state, start_from
-from pixelgen.config import DenoiserConfig, FitConfig, ObjectiveConfig, require
+from pixelgen.config import DenoiserConfig, FitConfig, MemoryConfig, ObjectiveConfig, require
 from pixelgen.data.executors import Executor
 from pixelgen.data.feed import Plan, Source, lane_batches
 from pixelgen.data.shards import Split, first_captions
@@ -32,6 +34,10 @@ from pixelgen.recorders import Curve, Grids, Saves
 from pixelgen.saving import NOTES, Checkpoints, writing
 from pixelgen.store import FAR_SECONDS, Store, on_disk
 from pixelgen.train import NonFiniteError, Recorder, TrainState, create_state, train
+
+# torch reads this when it first uses a GPU: freed memory in pieces of any size can then be used again
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its former name
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 GRID_IMAGES = 50
 FAILURE, STOP = "failure.txt", "stop"  # in the store
@@ -84,7 +90,7 @@ class Training(Place):
     plan: Plan
     weights: Path  # folder of the frozen networks: dino, lpips, text
     start: Path | None  # the exported model that training starts from
-    lanes_per_pass: int  # of a rank's lanes, how many share a forward pass: more take more memory
+    memory: MemoryConfig
 
 
 def plan_of(recipe: Recipe, sources: Mapping[str, Any], split: Callable[[str, int], Split]) -> Plan:
@@ -118,6 +124,8 @@ def train_rank(run: Training, rank: int, world: int, device: torch.device,
     if recipe.fit.compile and text:
         compile_blocks(text.network)
     state = create_state(recipe.denoiser.resolve(), objective, recipe.optimizer, recipe.fit.seed, device)
+    if run.memory.averages_on_cpu:
+        state.ema.cpu()
     run.directory.mkdir(parents=True, exist_ok=True)
     with on_disk(run.directory) if rank == 0 else contextlib.nullcontext():
         fit_rank(run, state, objective, text, range(rank * lanes // world, (rank + 1) * lanes // world), device,
@@ -138,23 +146,25 @@ def fit_rank(run: Training, state: TrainState, objective: Objective, text: TextE
     elif run.start is not None:
         start_from(state, run.start)
     stop = stop_requested(run.store) if writes else lambda: False
-    with (enough_memory(run.lanes_per_pass), readers as executor,
+    with (enough_memory(run.memory), readers as executor,
           (recording(run, state, text) if writes else silence()) as recorders,
           contextlib.closing(lane_batches(run.plan, lanes, state.step, recipe.fit.steps, device, text, executor)
                              ) as data):
-        for step in train(state, data, objective, recipe.optimizer, recipe.fit, stop, run.lanes_per_pass):
+        for step in train(state, data, objective, recipe.optimizer, recipe.fit, stop, run.memory):
             for recorder in recorders:
                 recorder.record(step)
 
 
 @contextlib.contextmanager
-def enough_memory(lanes_per_pass: int) -> Iterator[None]:
-    """UserError, with the remedy, where a GPU's memory is too small."""
+def enough_memory(memory: MemoryConfig) -> Iterator[None]:
+    """UserError, with the remedies, where a GPU's memory is too small."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU has too little memory: lower lanes_per_pass {lanes_per_pass} in the cluster file, or "
-                        f"the option of that name, or use a smaller denoiser ({error})") from error
+        raise UserError(f"the GPU has too little memory: lower lanes_per_pass {memory.lanes_per_pass}, raise "
+                        f"recomputed_blocks {memory.recomputed_blocks}, which slows the step down, or turn on "
+                        "averages_on_cpu, which does so more (in the cluster file, or as options); or use a smaller "
+                        f"denoiser ({error})") from error
 
 
 @contextlib.contextmanager
@@ -167,8 +177,13 @@ def recording(run: Training, state: TrainState, text: TextEncoder | None) -> Ite
         labels = recipe.denoiser.num_classes
         wanted = ([i % labels for i in range(GRID_IMAGES)] if labels else
                   first_captions(run.plan.sources[0].split, GRID_IMAGES))
-    grids = Grids(run.directory, recipe.fit, lambda ema: PixelGen(ema, recipe.fit.precision, text), wanted,
-                  recipe.grid_sampler)
+    device = state.model.denoiser.output_weight.device
+
+    def drawing(averages: Any) -> PixelGen:
+        there = averages if averages.output_weight.device == device else copy.deepcopy(averages).to(device)
+        return PixelGen(there, recipe.fit.precision, text)
+
+    grids = Grids(run.directory, recipe.fit, drawing, wanted, recipe.grid_sampler)
     with writing(run.checkpoints, recipe.fit.keep_checkpoints, recipe.fit.keep_every) as writer:
         saves = Saves(run.directory, recipe.fit, writer)
         try:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pixelgen.config import choose, require
+from pixelgen.config import MemoryConfig, choose, require
 from pixelgen.data.executors import Executor, InProcess, processes, processors_left
 from pixelgen.data.shards import LocalFile, open_split
 from pixelgen.errors import UserError
@@ -29,7 +29,7 @@ MADE_OF = "made_of.json"  # in the folder of a training: what its weights depend
 
 
 def train_here(recipe: Recipe, shards: Path, out: Path, weights: Path, start: Path | None, readers: int | None,
-               lanes_per_pass: int) -> str | None:
+               memory: MemoryConfig) -> str | None:
     """Train into the folder `out`, from its newest checkpoint on -> None when the last step is taken and `out/model` is
     written, else where it stopped.
 
@@ -63,7 +63,7 @@ def train_here(recipe: Recipe, shards: Path, out: Path, weights: Path, start: Pa
                "init": start and identity(start)}
     out.mkdir(parents=True, exist_ok=True)
     out = out.absolute()
-    run = Training(recipe, out, LocalStore(out), plan, weights, start, lanes_per_pass)
+    run = Training(recipe, out, LocalStore(out), plan, weights, start, memory)
     with group(world) as device, stopping(run.store):
         with alone(out) if rank == 0 else contextlib.nullcontext():
             if rank == 0:

@@ -22,7 +22,14 @@ from torch._dynamo import config as dynamo
 from torch._functorch import config as functorch
 from torch.nn.parallel import DistributedDataParallel
 
-from pixelgen.config import DenoiserConfig, FitConfig, OptimizerConfig, TextDenoiserConfig, require
+from pixelgen.config import (
+    DenoiserConfig,
+    FitConfig,
+    MemoryConfig,
+    OptimizerConfig,
+    TextDenoiserConfig,
+    require,
+)
 from pixelgen.ema import ema_copy, ema_update
 from pixelgen.errors import UserError
 from pixelgen.images import to_float
@@ -30,7 +37,7 @@ from pixelgen.losses import balance_weight
 from pixelgen.models import build_denoiser
 from pixelgen.models.jit import JiT
 from pixelgen.models.jit_t2i import JiTText
-from pixelgen.models.speed import compile_blocks
+from pixelgen.models.speed import compile_blocks, recompute_blocks
 from pixelgen.objective import Losses, Objective, WithProjector, join, repa_projector
 
 
@@ -240,12 +247,13 @@ class Recorder(Protocol):
 
 
 def train(state: TrainState, batches: Iterator[Sequence[LaneBatch]], objective: Objective, optimizer: OptimizerConfig,
-          config: FitConfig, stop: Callable[[], bool] = lambda: False, lanes_per_pass: int = 1) -> Iterator[Step]:
+          config: FitConfig, stop: Callable[[], bool] = lambda: False, memory: MemoryConfig = MemoryConfig()
+          ) -> Iterator[Step]:
     """The steps to `config.steps`, each taken when it is asked for. Where `stop` is true on any rank, all end after the
-    same step. `batches` yields this rank's lanes, beginning at `state.step`; at most `lanes_per_pass` go together."""
+    same step. `batches` yields this rank's lanes, beginning at `state.step`."""
     if state.step >= config.steps:
         return
-    model, last = wrapped(state, objective, config), False
+    model, last = wrapped(state, objective, config, memory.recomputed_blocks), False
     while not last:
         began = time.perf_counter()
         lanes = next(batches, None)
@@ -253,13 +261,14 @@ def train(state: TrainState, batches: Iterator[Sequence[LaneBatch]], objective: 
             raise RuntimeError(f"the data ended at step {state.step} of {config.steps}")
         waited = time.perf_counter() - began
         assert all(b.step == state.step for b in lanes), f"batches out of step {state.step}: {[b.step for b in lanes]}"
-        metrics = train_step(state, model, lanes, objective, optimizer, config, lanes_per_pass, stop())
+        metrics = train_step(state, model, lanes, objective, optimizer, config, memory.lanes_per_pass, stop())
         last = metrics.pop("stop") > 0 or state.step == config.steps
         yield Step(state, metrics, waited, last)
 
 
-def wrapped(state: TrainState, objective: Objective, config: FitConfig) -> nn.Module:
+def wrapped(state: TrainState, objective: Objective, config: FitConfig, recomputed_blocks: int = 0) -> nn.Module:
     """The model of a state, compiled if that is asked for, and for the world it runs in."""
+    recompute_blocks(state.model.denoiser, recomputed_blocks)
     if config.compile:
         # the balance of gradients keeps the graph of a backward pass, which must not have given its buffers away
         functorch.donated_buffer = objective.config.balance_start is None

@@ -1,6 +1,9 @@
-"""What makes networks faster, and not different."""
+"""What makes networks faster or smaller, and not different."""
+
+import functools
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def compile_blocks(network: nn.Module, dynamic: bool | None = False) -> None:
@@ -10,3 +13,13 @@ def compile_blocks(network: nn.Module, dynamic: bool | None = False) -> None:
     for blocks in network.children():
         for block in blocks if isinstance(blocks, nn.ModuleList | nn.Sequential) else ():
             block.compile(dynamic=dynamic)
+
+
+def recompute_blocks(network: nn.Module, count: int) -> None:
+    """Have the first `count` of the network's blocks keep for the backward pass only what enters them, and compute the
+    rest again there (arXiv 1604.06174): less memory for a third more work. To be called before `compile_blocks`."""
+    blocks = network.blocks
+    assert isinstance(blocks, nn.ModuleList)
+    for block in blocks[:count]:  # masks of dropout are arguments: there is no random state to keep
+        forward = functools.partial(type(block).forward, block)
+        block.forward = functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import ray
@@ -16,6 +17,7 @@ from pipeline import cluster, session
 from pipeline.cluster import Cluster, attempt, check, connect, read_cluster, work_through
 from pixelgen.config import ConfigError
 from pixelgen.errors import StorageError, UserError
+from pixelgen.store import LocalStore
 
 
 @pytest.mark.parametrize(("address", "given"), [(None, "ours:1"), ("auto", "auto"), ("10.0.0.1:6379", "10.0.0.1:6379")])
@@ -122,7 +124,7 @@ def stop_early():
     util._calculate_ref_hits, ray.shutdown = ask_slowly, shutdown
     try:
         work_through([{"name": f"part {i}"} for i in range(6)], Refuse, (), Cluster(None, 2, 1.0, 0.0, 1, 0, 1, None),
-                     "test")
+                     "test", LocalStore(Path("none")))
     except StorageError as error:
         print(f"{error}; fetched {len(asked)}; left behind: {left}")
 

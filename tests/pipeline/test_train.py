@@ -19,7 +19,7 @@ from pipeline.stages import train as stage
 from pipeline.storage import Storage, fresh_directory
 from pixelgen import rank
 from pixelgen.checkpoint import read_state
-from pixelgen.config import ObjectiveConfig
+from pixelgen.config import MemoryConfig, ObjectiveConfig
 from pixelgen.errors import StorageError, UserError
 from pixelgen.objective import Objective
 from pixelgen.recorders import Curve, Grids, Saves
@@ -44,7 +44,7 @@ def changed(params, **fit):
 
 def training(recipe, directory):
     """Without data and networks."""
-    return rank.Training(recipe, directory, LocalStore(directory), None, None, None, 1)
+    return rank.Training(recipe, directory, LocalStore(directory), None, None, None, MemoryConfig())
 
 
 @pytest.fixture
@@ -153,8 +153,8 @@ def test_a_curve_that_a_full_disk_or_a_power_cut_has_left_is_gone_on_with(params
 
 
 def test_too_little_memory_of_a_gpu_names_the_remedy():
-    with (pytest.raises(UserError, match="lower lanes_per_pass 4 in the cluster file.*Tried to allocate 9 GiB"),
-          rank.enough_memory(4)):
+    with (pytest.raises(UserError, match="lower lanes_per_pass 4, raise recomputed_blocks 2.*Tried to allocate 9 GiB"),
+          rank.enough_memory(MemoryConfig(4, 2))):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
 

@@ -15,8 +15,9 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from pixelgen.checkpoint import load_state, save_state
-from pixelgen.config import ObjectiveConfig, OptimizerConfig
+from pixelgen.config import MemoryConfig, ObjectiveConfig, OptimizerConfig
 from pixelgen.ema import ema_copy, ema_update
+from pixelgen.models.jit import Block
 from pixelgen.objective import Objective
 from pixelgen.train import (
     LaneBatch,
@@ -70,10 +71,10 @@ def batches(start=0, lanes=range(4), white=()):
         yield [dataclasses.replace(b, images=b.images.fill_(255)) if (step, b.lane) in white else b for b in found]
 
 
-def train(state, steps, lanes=range(4), goal=None, white=(), together=1, **options):
-    """Train up to a step number, so many lanes in a pass -> the metrics of each step."""
+def train(state, steps, lanes=range(4), goal=None, white=(), memory=MemoryConfig(), **options):
+    """Train up to a step number -> the metrics of each step."""
     taken = take_steps(state, batches(state.step, lanes, white), goal or objective(), OPTIMIZER,
-                       fit_config(steps=steps, **options), lanes_per_pass=together)
+                       fit_config(steps=steps, **options), memory=memory)
     return [{"step": state.step, **step.metrics, "skipped": state.skipped} for step in taken]
 
 
@@ -147,10 +148,10 @@ def test_lanes_that_share_a_pass_change_nothing_but_rounding(together):
     alone, shared, again = fresh_state(), fresh_state(), fresh_state()
     log = train(alone, 3)
     assert alone.percept_weight != 1
-    found = train(shared, 3, together=together)
+    found = train(shared, 3, memory=MemoryConfig(together))
     torch.testing.assert_close(found, log, rtol=1e-5, atol=1e-6)
     assert_same_state(shared, alone, rtol=1e-4, atol=1e-5)
-    assert train(again, 3, together=together) == found, "equal groups, equal bits"
+    assert train(again, 3, memory=MemoryConfig(together)) == found, "equal groups, equal bits"
     assert_same_state(again, shared)
 
 
@@ -165,7 +166,8 @@ def test_lanes_are_shared_out_evenly():
 @pytest.mark.parametrize("together", [2, 4])
 def test_a_sample_that_is_not_finite_is_named_whoever_is_computed_with_it(together):
     with pytest.raises(NonFiniteError, match=r"loss, lpips, .* lane: {1: \['s2-1-0', 's2-1-1'\]}"):
-        train(fresh_state(), 4, goal=spoiled("value", balance_start=None), white=[(2, 1)], together=together)
+        train(fresh_state(), 4, goal=spoiled("value", balance_start=None), white=[(2, 1)],
+              memory=MemoryConfig(together))
 
 
 def resume_after_two_steps(lanes):
@@ -193,6 +195,25 @@ def test_a_compiled_model_gives_the_balance_too(monkeypatch):
     train(plain, 4, goal=goal)
     assert compiled.percept_weight == pytest.approx(plain.percept_weight, rel=1e-4) != 1
     assert all(block._compiled_call_impl for block in compiled.model.denoiser.blocks)
+
+
+@pytest.mark.parametrize(("blocks", "compiled"), [(1, False), (9, False), (1, True)])
+def test_blocks_that_are_computed_again_change_nothing(monkeypatch, blocks, compiled):
+    """With dropout, two lanes in a pass and the balance: the bits of a training that keeps everything, on a CPU."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(Objective, "compile", lambda self: None)  # the stand-ins are no networks
+    calls = []
+    forward = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda block, *given: calls.append(block) or forward(block, *given))
+    saving, plain = fresh_state(), fresh_state()
+    options = {"goal": objective(balance_start=2), "compile": compiled}
+    expected = train(plain, 4, memory=MemoryConfig(2), **options)
+    assert train(saving, 4, memory=MemoryConfig(2, blocks), **options) == expected
+    assert_same_state(saving, plain)
+    if not compiled:
+        again = {block for block in saving.model.denoiser.blocks if calls.count(block) > calls.count(
+            plain.model.denoiser.blocks[0])}
+        assert again == {*saving.model.denoiser.blocks[:blocks]}
 
 
 def test_lanes_are_seeded_apart():
