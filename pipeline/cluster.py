@@ -45,7 +45,7 @@ class Cluster:
     gpus_per_worker: float | None  # null: 1 where this machine has GPUs
     threads_per_worker: int  # of torch; part of bit-exactness on the CPU
     max_failures: int  # worker failures that training recovers from by itself
-    lanes_per_pass: int  # of a rank's lanes, how many share a forward pass: more take more memory
+    lanes_per_pass: int | None  # of a rank's lanes, how many share a forward pass; null: as many as fit into a GPU
     # Who decodes images for each rank: itself (self), processes(N) beside it, or tasks(N) of Ray anywhere; null: itself
     # on a CPU, and beside a GPU of this machine its share of the CPUs
     readers: str | None

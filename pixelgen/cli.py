@@ -26,7 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument("--weights", type=Path, default=Path("out/weights"), help="folder of the frozen networks")
     train.add_argument("--init", type=Path, help="exported model to begin with")
     train.add_argument("--readers", type=int, help="processes that decode images for each rank; 0: the rank itself")
-    train.add_argument("--lanes-per-pass", type=int, default=1, help="of a rank's lanes, how many share a forward pass")
+    train.add_argument("--lanes-per-pass", type=int, help="of a rank's lanes, how many share a forward pass; left out: "
+                       "as many as fit into a GPU, one on a CPU")
     train.add_argument("--recomputed-blocks", type=int, default=0,
                        help="of the denoiser, how many are computed again in the backward pass, to save memory")
     train.add_argument("--averages-on-cpu", action="store_true", help="to save memory at the cost of time")

@@ -237,12 +237,13 @@ class CaptionConfig:
 class MemoryConfig:
     """How a training fits into the memory of a GPU. No result depends on it but for rounding."""
 
-    lanes_per_pass: int = 1  # of a rank's lanes, how many share a forward pass: more take more memory
+    lanes_per_pass: int | None = None  # of a rank's lanes, how many share a forward pass; None: as many as fit
     recomputed_blocks: int = 0  # of the denoiser's blocks, how many are computed again in the backward pass
     averages_on_cpu: bool = False  # keep the averaged weights there: slow, since all weights follow at each step
 
     def __post_init__(self) -> None:
-        require(self.lanes_per_pass >= 1, f"lanes_per_pass {self.lanes_per_pass} must be at least 1")
+        require(self.lanes_per_pass is None or self.lanes_per_pass >= 1, f"lanes_per_pass {self.lanes_per_pass} must "
+                "be at least 1, or null")
         require(self.recomputed_blocks >= 0, f"recomputed_blocks {self.recomputed_blocks} must not be negative")
 
 

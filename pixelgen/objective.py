@@ -55,6 +55,7 @@ class Losses:
     reconstruction: Tensor  # L_FM, the numerator of the balance
     perceptual: Tensor  # w_lpips·L_LPIPS + w_pdino·L_PDINO before the balance
     terms: dict[str, Tensor]  # unweighted, by name
+    gate_share: float = 1.0  # of the samples, those at times at which gated terms count
 
 
 class Objective:
@@ -121,7 +122,8 @@ class Objective:
         total = terms["fm"] + percept_weight * perceptual
         if c.repa_weight:
             total = total + c.repa_weight * terms["repa"]
-        return Losses(total, terms["fm"], perceptual, terms)
+        passed = (draws.t >= c.gate_threshold).float().mean().item() if c.gated else 1.0
+        return Losses(total, terms["fm"], perceptual, terms, passed)
 
     def compile(self) -> None:
         """Have the frozen networks compiled when they are first run, for any number of samples that pass the gate."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import os
 import shutil
 import signal
@@ -25,6 +26,14 @@ from pixelgen.encoders.dino import load_dino
 from pixelgen.encoders.lpips import load_lpips
 from pixelgen.encoders.text import TextEncoder, load_text_encoder
 from pixelgen.errors import StorageError, UserError
+from pixelgen.estimate import (
+    USABLE,
+    Networks,
+    fitting_lanes,
+    forward_operations,
+    peak,
+    training_operations,
+)
 from pixelgen.generate import PixelGen
 from pixelgen.models.speed import compile_blocks
 from pixelgen.objective import Objective
@@ -121,20 +130,26 @@ def train_rank(run: Training, rank: int, world: int, device: torch.device,
     recipe, lanes = run.recipe, run.recipe.fit.lanes
     text = build_text(recipe, run.weights, device)
     objective = build_objective(recipe, run.weights, text, device)
+    state = create_state(recipe.denoiser.resolve(), objective, recipe.optimizer, recipe.fit.seed, device)
+    networks = Networks(state.model.denoiser, state.model.projector, objective.dino, objective.lpips,
+                        text.network if text else None)
+    run = dataclasses.replace(run, memory=settled(run, networks, lanes // world, device))
+    busiest = most_images(recipe, networks, device, world)
     if recipe.fit.compile and text:
         compile_blocks(text.network)
-    state = create_state(recipe.denoiser.resolve(), objective, recipe.optimizer, recipe.fit.seed, device)
     if run.memory.averages_on_cpu:
         state.ema.cpu()
     run.directory.mkdir(parents=True, exist_ok=True)
     with on_disk(run.directory) if rank == 0 else contextlib.nullcontext():
         fit_rank(run, state, objective, text, range(rank * lanes // world, (rank + 1) * lanes // world), device,
-                 readers, writes=rank == 0)
+                 readers, writes=rank == 0, busiest=busiest)
 
 
 def fit_rank(run: Training, state: TrainState, objective: Objective, text: TextEncoder | None, lanes: range,
-             device: torch.device, readers: contextlib.AbstractContextManager[Executor], writes: bool) -> None:
-    """Train from the newest checkpoint on, to the end or to the step after which somebody asks for a stop."""
+             device: torch.device, readers: contextlib.AbstractContextManager[Executor], writes: bool,
+             busiest: float | None = None) -> None:
+    """Train from the newest checkpoint on, to the end or to the step after which somebody asks for a stop. `busiest`:
+    see `Curve`."""
     recipe = run.recipe
     if writes:
         check_room(state, recipe.fit, run.directory)
@@ -147,12 +162,33 @@ def fit_rank(run: Training, state: TrainState, objective: Objective, text: TextE
         start_from(state, run.start)
     stop = stop_requested(run.store) if writes else lambda: False
     with (enough_memory(run.memory), readers as executor,
-          (recording(run, state, text) if writes else silence()) as recorders,
+          (recording(run, state, text, busiest) if writes else silence()) as recorders,
           contextlib.closing(lane_batches(run.plan, lanes, state.step, recipe.fit.steps, device, text, executor)
                              ) as data):
         for step in train(state, data, objective, recipe.optimizer, recipe.fit, stop, run.memory):
             for recorder in recorders:
                 recorder.record(step)
+
+
+def settled(run: Training, networks: Networks, lanes: int, device: torch.device) -> MemoryConfig:
+    """How training is to fit into memory, with a number of lanes for each pass: one on a CPU, where no more are faster,
+    and as many of a rank's `lanes` on a GPU as are estimated to fit."""
+    if run.memory.lanes_per_pass is not None:
+        return run.memory
+    fit, count = run.recipe.fit, 1
+    if device.type == "cuda":
+        room = USABLE * torch.cuda.get_device_properties(device).total_memory
+        count = fitting_lanes(networks, run.recipe.objective, fit.batch_size // fit.lanes, lanes, run.memory, room)
+    return dataclasses.replace(run.memory, lanes_per_pass=count)
+
+
+def most_images(recipe: Recipe, networks: Networks, device: torch.device, world: int) -> float | None:
+    """Images a second of `world` GPUs of this kind that did nothing but the training's matrix products; None for a CPU,
+    or a GPU that is not known."""
+    rate = peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if rate is None:
+        return None
+    return world * rate / sum(training_operations(recipe.objective, forward_operations(networks)).values())
 
 
 @contextlib.contextmanager
@@ -168,7 +204,8 @@ def enough_memory(memory: MemoryConfig) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recording(run: Training, state: TrainState, text: TextEncoder | None) -> Iterator[list[Recorder]]:
+def recording(run: Training, state: TrainState, text: TextEncoder | None, busiest: float | None
+              ) -> Iterator[list[Recorder]]:
     """What rank 0 records. A number that is not finite would come back after every restart: it ends the run for good,
     with the state before it saved."""
     recipe = run.recipe
@@ -187,7 +224,7 @@ def recording(run: Training, state: TrainState, text: TextEncoder | None) -> Ite
     with writing(run.checkpoints, recipe.fit.keep_checkpoints, recipe.fit.keep_every) as writer:
         saves = Saves(run.directory, recipe.fit, writer)
         try:
-            yield [Curve(run.directory, run.store, recipe.fit, state.step), grids, saves]
+            yield [Curve(run.directory, run.store, recipe.fit, state.step, busiest), grids, saves]
         except NonFiniteError as error:
             saves.save(state)
             run.store.write(FAILURE, f"{error}. The state before it is kept in {run.checkpoints.path(state.step)}: to "

@@ -2,10 +2,13 @@
 
 import csv
 import os
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pixelgen.config import FitConfig, SamplerConfig
 from pixelgen.generate import PixelGen
@@ -21,12 +24,14 @@ GRID_COLUMNS = 10
 class Curve:
     """The losses as CSV. From a step on: what was written of later ones is cut off, so that no step is in it twice.
 
-    The last two columns are measurements of the time since the line before: the share of it that was spent waiting for
-    batches, and images a second.
+    The last columns are measurements, of the time since the line before but for the memory: the share of it that was
+    spent waiting for batches, images a second, the most gigabytes that rank 0 has taken so far (of its GPU; of the
+    machine, on a CPU), and, given `busiest`, the images a second of GPUs that did nothing but the training's matrix
+    products, the share of that which is reached (MFU).
     """
 
-    def __init__(self, directory: Path, store: Store, fit: FitConfig, step: int):
-        self.path, self.fit = directory / CURVE, fit
+    def __init__(self, directory: Path, store: Store, fit: FitConfig, step: int, busiest: float | None = None):
+        self.path, self.fit, self.busiest = directory / CURVE, fit, busiest
         self.step, self.began, self.waited = step, time.perf_counter(), 0.0
         try:
             header, *lines = store.read(CURVE).decode(errors="replace").splitlines() or [""]
@@ -47,10 +52,11 @@ class Curve:
         now = time.perf_counter()
         seconds, images = now - self.began, (number - self.step) * self.fit.batch_size
         self.append({"step": number, **step.metrics, "skipped": step.state.skipped,
-                     "waiting": self.waited / seconds, "images_per_second": images / seconds})
+                     "waiting": self.waited / seconds, "images_per_second": images / seconds, "memory_gb": memory_gb(),
+                     "mfu": images / seconds / self.busiest if self.busiest else ""})
         self.step, self.began, self.waited = number, now, 0.0
 
-    def append(self, row: dict[str, float]) -> None:
+    def append(self, row: dict[str, float | str]) -> None:
         new = not self.path.exists()
         with open(self.path, "a", newline="") as file:
             writer = csv.writer(file)
@@ -59,6 +65,13 @@ class Curve:
             writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row.values()])
             file.flush()
             os.fsync(file.fileno())
+
+
+def memory_gb() -> float:
+    """What this process has taken at most: of its GPU as torch reserves it, or, if it uses none, of the machine."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_reserved() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 class Grids:

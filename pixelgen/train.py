@@ -105,27 +105,31 @@ def train_step(state: TrainState, model: nn.Module, lanes: Sequence[LaneBatch], 
     """One optimizer step on this rank's lanes; `model` is `state.model`, wrapped for the world it runs in.
 
     Returns the mean of every loss term over all lanes of all ranks, the norm of the gradient, the perceptual weight,
-    and the share of the ranks that `stop`. If one of them is not finite, nothing is updated: the step is skipped, or
-    raises NonFiniteError.
+    the share of the samples that gated terms count, and the share of the ranks that `stop`. If one of them is not
+    finite, nothing is updated: the step is skipped, or raises NonFiniteError.
     """
     weight = state.percept_weight
     if objective.balances_at(state.step):
         weight = refreshed_balance(state, lanes, objective, config)
     state.optimizer.zero_grad(set_to_none=True)
     rows: list[Tensor] = []
+    passed = 0.0  # the gate
     for together in shared_out(lanes, lanes_per_pass):
         with synchronised(model, last=together[-1] is lanes[-1]):
             losses = lane_losses(model, state, together, objective, config, weight)
             (losses.total.sum() / len(lanes)).backward()
+        passed += losses.gate_share * len(together) / len(lanes)
         rows += torch.stack([losses.total, *losses.terms.values()], dim=1).detach()
     norm = gradient_norm(state.model, optimizer.clip)
-    means = mean_over_ranks(torch.cat([torch.stack(rows).mean(0), norm[None], norm.new_full((1,), stop)]))
+    of_host = [norm.new_full((1,), value) for value in (passed, stop)]
+    means = mean_over_ranks(torch.cat([torch.stack(rows).mean(0), norm[None], *of_host]))
     read = reading(means)
     # The device itself passes over an update with numbers that are not finite. So it is busy with this one by the time
     # that the numbers are here, and with the averages while the next step is made ready.
     state.optimizer.found_inf = means.isfinite().all().logical_not().float()  # type: ignore[attr-defined]
     state.optimizer.step()
-    metrics = dict(zip(["loss", *losses.terms, "grad_norm", "stop"], read(), strict=True)) | {"percept_weight": weight}
+    names = ["loss", *losses.terms, "grad_norm", "gate_share", "stop"]
+    metrics = dict(zip(names, read(), strict=True)) | {"percept_weight": weight}
 
     if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
         skip_or_stop(state, f"{', '.join(bad)} not finite", suspects(lanes, rows), config)
@@ -261,7 +265,7 @@ def train(state: TrainState, batches: Iterator[Sequence[LaneBatch]], objective: 
             raise RuntimeError(f"the data ended at step {state.step} of {config.steps}")
         waited = time.perf_counter() - began
         assert all(b.step == state.step for b in lanes), f"batches out of step {state.step}: {[b.step for b in lanes]}"
-        metrics = train_step(state, model, lanes, objective, optimizer, config, memory.lanes_per_pass, stop())
+        metrics = train_step(state, model, lanes, objective, optimizer, config, memory.lanes_per_pass or 1, stop())
         last = metrics.pop("stop") > 0 or state.step == config.steps
         yield Step(state, metrics, waited, last)
 

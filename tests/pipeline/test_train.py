@@ -158,6 +158,35 @@ def test_too_little_memory_of_a_gpu_names_the_remedy():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
 
+def test_lanes_of_a_pass_are_those_of_the_file_or_as_many_as_fit(params, tmp_path, monkeypatch):
+    run, networks = training(params, tmp_path), object()
+    asked = []
+
+    def fitting(*given):
+        asked.append(given)
+        return 3
+
+    monkeypatch.setattr(rank, "fitting_lanes", fitting)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=100))
+    assert rank.settled(run, networks, 8, torch.device("cpu")).lanes_per_pass == 1 and not asked
+    assert rank.settled(run, networks, 8, torch.device("cuda")).lanes_per_pass == 3
+    lane = params.fit.batch_size // params.fit.lanes
+    assert asked == [(networks, params.objective, lane, 8, MemoryConfig(), 80)]
+    stated = dataclasses.replace(run, memory=MemoryConfig(5, 2))
+    assert rank.settled(stated, networks, 8, torch.device("cuda")) == MemoryConfig(5, 2)
+
+
+def test_the_most_images_of_gpus_that_are_known(params, monkeypatch):
+    monkeypatch.setattr(rank, "forward_operations", lambda networks: None)
+    monkeypatch.setattr(rank, "training_operations", lambda objective, forward: {"a": 1e9, "b": 2e9})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    name = "NVIDIA H100 80GB HBM3"
+    assert rank.most_images(params, None, torch.device("cuda"), 4) == pytest.approx(4 * 989e12 / 3e9)
+    assert rank.most_images(params, None, torch.device("cpu"), 4) is None
+    name = "a toaster"
+    assert rank.most_images(params, None, torch.device("cuda"), 4) is None
+
+
 def test_what_is_recorded_when(params, tmp_path):
     """Lines, grids and checkpoints come every so many steps and after the last; a stop saves, and adds nothing else."""
     seen: dict = {"grid": [], "saved": []}
@@ -172,16 +201,17 @@ def test_what_is_recorded_when(params, tmp_path):
             seen["saved"].append((state.step, sorted(extras)))
 
     fit = changed(params, steps=7, batch_size=6, log_every=2, grid_every=4, checkpoint_every=5).fit
-    curve = Curve(tmp_path, LocalStore(tmp_path), fit, 0)
+    curve = Curve(tmp_path, LocalStore(tmp_path), fit, 0, busiest=1e6)
     recorders = [curve, Grids(tmp_path, fit, lambda ema: Model(), [3, 1], "sampler"), Saves(tmp_path, fit, Writer())]
     for number in range(1, 8):
         state = SimpleNamespace(step=number, skipped=0, ema=None)
         for recorder in recorders:
             recorder.record(Step(state, {"loss": 0.5}, 0.01, last=number in (3, 7)))
     rows = [line.split(",") for line in curve.path.read_text().splitlines()]
-    assert rows[0] == ["step", "loss", "skipped", "waiting", "images_per_second"]
+    assert rows[0] == ["step", "loss", "skipped", "waiting", "images_per_second", "memory_gb", "mfu"]
     assert [row[:3] for row in rows[1:]] == [[n, "0.5", "0"] for n in "2467"]
-    assert all(float(row[3]) > 0 and float(row[4]) > 0 for row in rows[1:])
+    assert all(float(value) > 0 for row in rows[1:] for value in row[3:])
+    assert all(float(row[6]) == pytest.approx(float(row[4]) / 1e6, rel=1e-4) for row in rows[1:])
     grids = [f"grids/step-{n:08}.png" for n in (4, 7)]
     assert seen["grid"] == [([3, 1], [0, 1], "sampler")] * 2
     assert seen["saved"] == [(3, ["curve.csv"]), (5, ["curve.csv", grids[0]]), (7, ["curve.csv", *grids])]
