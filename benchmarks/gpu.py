@@ -37,10 +37,13 @@ from pixelgen.encoders.dino import PATCH, Dino
 from pixelgen.encoders.lpips import Lpips
 from pixelgen.encoders.text import TextEncoder
 from pixelgen.generate import PixelGen
+from pixelgen.manifest import MANIFEST
 from pixelgen.models import SIZES, TEXT_SIZES, build_denoiser, denoiser_config, text_denoiser_config
 from pixelgen.models.speed import compile_blocks
 from pixelgen.objective import Objective
 from pixelgen.precision import store_in_bf16
+from pixelgen.recipe import read_yaml
+from pixelgen.recorders import CURVE
 from pixelgen.train import LaneBatch, create_state, train
 
 TINY = os.environ.get("PIXELGEN_TINY") == "1"
@@ -61,13 +64,14 @@ TRAINED: dict[str, tuple[str, int, int, tuple[str, ...], float, int]] = {
     "train-XL-fed": ("XL/16", 256, 32, ("lpips",), 997, 33),
     "train-XXL-256": ("XXL/16", 256, 64, ("lpips",), 1721, 75),
     "train-XXL-512": ("XXL/16", 512, 16, ("lpips",), 5600, 75),
+    "train-XXL-512-saving": ("XXL/16", 512, 16, ("lpips",), 5600, 55),  # all blocks recomputed, averages on the CPU
 }
 # size, image size, batch, sampler, GFLOP an image, GB
 SAMPLED: dict[str, tuple[str, int, int, SamplerConfig, float, int]] = {
     "sample-XL": ("XL/16", 256, 64, HEUN, 45.5e3, 12),
     "sample-XXL": ("XXL/16", 512, 16, ADAMS, 69.4e3, 25),
 }
-OTHER = {"lpips": 12, "empty-prompt": 2}
+OTHER = {"lpips": 12, "empty-prompt": 2, "resume": 6}
 NEEDS = {name: row[-1] for name, row in (TRAINED | SAMPLED).items()} | OTHER
 
 
@@ -125,7 +129,11 @@ def prepared_training(row: str, size: str, image_size: int, batch: int, gated: t
     state = create_state(d, objective, o, 0, DEVICE)
     batches = fed(batch, lanes) if row.endswith("fed") else made(image_size, lanes, encoder)
     described = {"parameters": sum(p.numel() for p in state.model.denoiser.parameters()), "batch": batch}
-    return train(state, batches, objective, o, config, memory=MemoryConfig(lanes)), described
+    memory = MemoryConfig(lanes)
+    if row.endswith("saving"):
+        memory = MemoryConfig(lanes, recomputed_blocks=d.depth, averages_on_cpu=True)
+        state.ema.cpu()
+    return train(state, batches, objective, o, config, memory=memory), described
 
 
 def made(image_size: int, lanes: int, encoder: TextEncoder | None) -> Iterator[list[LaneBatch]]:
@@ -245,6 +253,46 @@ def measure_empty(row: str, go: Callable[[], None], folder: Path | None) -> dict
             "difference_others": (found[1:] - wanted[1:]).abs().max().item()}
 
 
+def measure_resume(row: str, go: Callable[[], None], folder: Path | None) -> dict[str, Any]:
+    """The demo's classes, trained in bf16: once undisturbed, once killed (-9) after half of the steps and started
+    again. The losses of both, and what two undisturbed runs differ by."""
+    for stage, made in (("weights", Path("out/weights")), ("shard digits", Path("out/shard/digits"))):
+        if not (made / MANIFEST).exists():
+            subprocess.run([sys.executable, "-m", *f"pipeline.stages.{stage}".split()], check=True)
+    recipe = read_yaml(Path("params.yaml"))["train"]["c2i"]
+    steps = 16 if TINY else 200
+    recipe["fit"] |= {"steps": steps, "checkpoint_every": steps // 4, "log_every": 1, "grid_every": None,
+                      "precision": "bf16"}
+    place = Path(tempfile.mkdtemp())
+    (place / "recipe.yaml").write_text(json.dumps({k: v for k, v in recipe.items() if k not in ("dataset", "init")}))
+    go()
+
+    def started(name: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "pixelgen", "train", str(place / "recipe.yaml"), "out/shard/digits",
+                   str(place / name)]
+        return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+
+    def losses(name: str) -> np.ndarray:
+        if not (place / name / CURVE).exists():
+            return np.zeros(0)
+        lines = (place / name / CURVE).read_text().splitlines()
+        return np.array([float(line.split(",")[1]) for line in lines[1:] if line.count(",") == lines[0].count(",")])
+
+    for name in ("whole", "again"):
+        assert started(name).wait() == 0
+    killed = started("killed")
+    while len(losses("killed")) < steps // 2:
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    at = len(losses("killed"))
+    assert started("killed").wait() == 0
+    whole, again, resumed = (losses(name) for name in ("whole", "again", "killed"))
+    return {"steps": len(whole), "killed_after": at, "last_loss": whole[-1],
+            "largest_difference": np.abs(resumed - whole).max(),
+            "of_two_undisturbed": np.abs(again - whole).max()}
+
+
 def busy(steps: Iterator[Any], table: Path | None) -> float | None:
     """Share of the time of some steps in which the GPU works."""
     if not CUDA:
@@ -293,7 +341,7 @@ def one(row: str, folder: Path | None) -> None:
         sys.stdin.readline()
 
     measure = (measure_training if row in TRAINED else measure_sampling if row in SAMPLED else
-               measure_lpips if row == "lpips" else measure_empty)
+               {"lpips": measure_lpips, "empty-prompt": measure_empty, "resume": measure_resume}[row])
     found = measure(row, go, folder)
     print(json.dumps(found), file=out, flush=True)
     os._exit(0)  # threads that read ahead need not end first

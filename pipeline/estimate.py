@@ -11,7 +11,7 @@ import torch
 
 from pipeline.params import NONE, Params, SampleParams, TrainParams
 from pixelgen.config import ConfigError, MemoryConfig, require
-from pixelgen.encoders.dino import PATCH, Dino
+from pixelgen.encoders.dino import Dino, build_dino
 from pixelgen.encoders.lpips import Lpips
 from pixelgen.estimate import (
     Networks,
@@ -36,21 +36,18 @@ def networks(train: TrainParams) -> Networks:
     """Those of a training, without weights: what the weights stage has put into `out/weights`, or else the published
     ones."""
     import lpips
-    import timm
     from transformers import AutoConfig, AutoModel
 
     d, o = train.denoiser.resolve(), train.objective
     dino = metric = text = projector = None
     with torch.device("meta"), quiet():
         if uses_dino(o):
-            described, grid = described_as("dino", DINO), d.image_size // d.patch_size
-            dino = Dino(timm.create_model(described["architecture"], pretrained=False, num_classes=0,
-                                          img_size=grid * PATCH, **described["arguments"]), grid)
+            grid = d.image_size // d.patch_size
+            dino = Dino(build_dino(described_as("dino", DINO), grid), grid)
         if o.repa_weight and dino:
             projector = repa_projector(d.width, dino.width, o.repa_hidden or d.width)
         if train.text:
-            described = described_as("text", QWEN)
-            text = AutoModel.from_config(AutoConfig.for_model(**described))
+            text = AutoModel.from_config(AutoConfig.for_model(**described_as("text", QWEN)))
         denoiser = build_denoiser(d)
     if o.lpips_weight:
         with quiet():

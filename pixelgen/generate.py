@@ -1,5 +1,6 @@
 """From a trained model to images: what the sample stage, the command line and a notebook use."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from pixelgen.models.jit_t2i import JiTText
 from pixelgen.models.speed import compile_blocks
 from pixelgen.precision import store_in_bf16
 from pixelgen.samplers import Callback, sample
+from pixelgen.threads import in_background
 
 BATCH = 32  # samples that the networks of the workflow see at once: no byte depends on how many are asked for
 
@@ -83,14 +85,14 @@ class PixelGen:
             raise ValueError("no labels or prompts: nothing to draw")
         size = batch_size or len(wanted)
         null = self.absence(negative)
+        batches = [[*range(start, min(start + size, len(wanted)))] for start in range(0, len(wanted), size)]
+        batches[-1] += [batches[-1][-1]] * (len(batches) * size - len(wanted))
         parts = []
-        for start in range(0, len(wanted), size):
-            chosen = range(start, min(start + size, len(wanted)))
-            filled = [*chosen, *[chosen[-1]] * (size - len(chosen))]
-            condition = self.conditions([wanted[i] for i in filled])
-            drawn = self._draw(condition, null.expand_as(condition), [seeds[i] for i in filled], sampler, callback)
-            parts.append(drawn[:len(chosen)])
-        return np.concatenate(parts)
+        with contextlib.closing(in_background(self.noise([seeds[i] for i in batch]) for batch in batches)) as noises:
+            for batch, noise in zip(batches, noises, strict=True):
+                condition = self.conditions([wanted[i] for i in batch])
+                parts.append(self._draw(condition, null.expand_as(condition), noise, sampler, callback))
+        return np.concatenate(parts)[:len(wanted)]
 
     def absence(self, negative: str = "") -> Tensor:
         """What guidance leads away from: the null label (1,), or the features (1, L, C) of the prompt `negative`."""
@@ -114,10 +116,10 @@ class PixelGen:
         return torch.tensor(wanted, device=self.denoiser.output_weight.device)
 
     @torch.no_grad()
-    def _draw(self, condition: Tensor, null: Tensor, seeds: list[int], sampler: SamplerConfig,
+    def _draw(self, condition: Tensor, null: Tensor, noise: Tensor, sampler: SamplerConfig,
               callback: Callback | None) -> np.ndarray:
         device = self.denoiser.output_weight.device
-        noise = self.noise(seeds).to(device)
+        noise = noise.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             x = sample(lambda x, t, y: self.denoiser(x, t, y)[0].float(), noise, condition, null, sampler, callback)
         return to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -25,6 +25,7 @@ from pixelgen.data.executors import Executor, InProcess, Result
 from pixelgen.data.order import WINDOW, Order, windows
 from pixelgen.data.shards import SCHEMA, Split, decode
 from pixelgen.images import adm_crop
+from pixelgen.threads import in_background
 
 if TYPE_CHECKING:  # torch is not for the processes that only decode: importing it takes them seconds
     import torch
@@ -33,7 +34,6 @@ if TYPE_CHECKING:  # torch is not for the processes that only decode: importing 
 
 PIECE = 64  # images that are decoded in one task
 READS = 8  # lanes that are read for at the same time
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -175,16 +175,6 @@ def read_rows(plan: Plan, lanes: Sequence[int], start: int, stop: int, threads: 
         for window in stack.enter_context(contextlib.closing(in_background(whole))) if threads else whole:
             for step in window:
                 yield from itertools.chain.from_iterable(step)
-
-
-def in_background(items: Iterator[T]) -> Generator[T, None, None]:
-    """The same items, the next of them made in a thread while one is used."""
-    end: Any = object()
-    with ThreadPoolExecutor(1, "reading") as pool:
-        coming = pool.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = pool.submit(next, items, end)
-            yield item
 
 
 def decoded(rows: Iterator[Row], size: int, executor: Executor, ahead: int) -> Iterator[tuple[Row, np.ndarray]]:

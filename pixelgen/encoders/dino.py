@@ -2,8 +2,9 @@
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +24,25 @@ def load_dino(directory: str | Path, grid: int) -> "Dino":
     `config.json` names the timm architecture and its arguments, `model.safetensors` holds timm's state dict; it must
     fit exactly. The position embedding is interpolated to the grid once, here.
     """
-    import timm  # slow to import; only training needs it
-
     directory = Path(directory)
     config = json.loads((directory / "config.json").read_text())
-    if not timm.is_model(config["architecture"]) or not config["arguments"].keys() <= ARGUMENTS:
-        raise CheckpointError(f"{directory / 'config.json'}: expected an architecture that is part of timm, with no "
-                              f"other arguments than {', '.join(sorted(ARGUMENTS))}, not {config}")
-    network = timm.create_model(config["architecture"], pretrained=False, num_classes=0, img_size=grid * PATCH,
-                                **config["arguments"])
+    network = build_dino(config, grid, str(directory / "config.json"))
     state = read_safetensors(directory / "model.safetensors")
     state["pos_embed"] = interpolate_positions(state["pos_embed"], grid)
     network.load_state_dict(state)
     return Dino(network, grid)
+
+
+def build_dino(config: Mapping[str, Any], grid: int, source: str = "DINO") -> nn.Module:
+    """The network that a `config.json` describes, with fresh weights. CheckpointError, which names the `source`, if it
+    describes anything but an architecture of timm."""
+    import timm  # slow to import; only training needs it
+
+    if not timm.is_model(config["architecture"]) or not config["arguments"].keys() <= ARGUMENTS:
+        raise CheckpointError(f"{source}: expected an architecture that is part of timm, with no other arguments than "
+                              f"{', '.join(sorted(ARGUMENTS))}, not {config}")
+    return timm.create_model(config["architecture"], pretrained=False, num_classes=0, img_size=grid * PATCH,
+                             **config["arguments"])
 
 
 def interpolate_positions(table: Tensor, grid: int) -> Tensor:

@@ -1,6 +1,7 @@
 """The denoiser by what must hold whatever its weights are."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -172,6 +173,19 @@ def test_swiglu():
         classes, text = JiT(tiny_config(mlp_ratio=ratio)), JiTText(tiny_text(mlp_ratio=ratio))
         assert {block.mlp.w3.in_features for block in classes.blocks} == {hidden}
         assert {block.mlp.w3.in_features for block in [*text.blocks, *text.text_refine_blocks]} == {text_hidden}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_hidden_units_without_weight_change_nothing_but_rounding(bias):
+    """In value and gradient, with a mask of dropout; on a GPU, and only there, where the width asks for it."""
+    layer, x = SwiGLU(4, 6, bias=bias, dropout=0.5), torch.randn(2, 3, 4, requires_grad=True)
+    mask = torch.rand(2, 3, 6) < 0.5
+    found = []
+    for y in (layer(x, mask), layer.widened(x, mask, 2)):
+        found.append((y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+    with mock.patch.object(SwiGLU, "widened", side_effect=AssertionError):
+        layer(x, mask)
 
 
 def test_sinusoids():
