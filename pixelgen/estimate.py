@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 
 from pixelgen.config import MemoryConfig, ObjectiveConfig, SamplerConfig
 from pixelgen.encoders.dino import Dino
@@ -47,6 +46,8 @@ class Networks:
 
 def operations(network: nn.Module, *inputs: object, **named: object) -> int:
     """Of one forward pass over inputs on the meta device."""
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import
+
     with FlopCounterMode(display=False) as counter:
         run_bare(network, *inputs, **named)
     return counter.get_total_flops()

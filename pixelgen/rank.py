@@ -44,9 +44,8 @@ from pixelgen.saving import NOTES, Checkpoints, writing
 from pixelgen.store import FAR_SECONDS, Store, on_disk
 from pixelgen.train import NonFiniteError, Recorder, TrainState, create_state, train
 
-# torch reads this when it first uses a GPU: freed memory in pieces of any size can then be used again
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its former name
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+# torch reads this when it first uses a GPU: pieces of freed memory, of whatever sizes, can then be used again
+os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
 
 GRID_IMAGES = 50
 FAILURE, STOP = "failure.txt", "stop"  # in the store

@@ -18,8 +18,6 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._dynamo import config as dynamo
-from torch._functorch import config as functorch
 from torch.nn.parallel import DistributedDataParallel
 
 from pixelgen.config import (
@@ -274,6 +272,9 @@ def wrapped(state: TrainState, objective: Objective, config: FitConfig, recomput
     """The model of a state, compiled if that is asked for, and for the world it runs in."""
     recompute_blocks(state.model.denoiser, recomputed_blocks)
     if config.compile:
+        from torch._dynamo import config as dynamo  # which takes a second to import
+        from torch._functorch import config as functorch
+
         # the balance of gradients keeps the graph of a backward pass, which must not have given its buffers away
         functorch.donated_buffer = objective.config.balance_start is None
         dynamo.optimize_ddp = False  # it would cut a block into pieces, and what is compiled is a block already

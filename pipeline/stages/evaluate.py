@@ -6,6 +6,7 @@ what they have found.
 """
 
 import dataclasses
+import functools
 import io
 import json
 import sys
@@ -193,14 +194,21 @@ class Looking:
         write_npz(data, arrays)
         write_sealed(self.state, part["name"], data.getvalue())
 
-    def samples(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        images = load_samples(self.task.samples.local() / "samples.npz")
-        return images.chunks(self.task.params.batch_size, start, stop)
+    @functools.cached_property
+    def drawn_images(self) -> Rows:
+        return load_samples(self.task.samples.local() / "samples.npz")
 
-    def kept(self, start: int, stop: int) -> Iterator[np.ndarray]:
+    @functools.cached_property
+    def kept_images(self) -> Rows:
         images = reference_of(self.task).images
         assert isinstance(images, Rows)
-        return images.chunks(self.task.params.batch_size, start, stop)
+        return images
+
+    def samples(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        return self.drawn_images.chunks(self.task.params.batch_size, start, stop)
+
+    def kept(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        return self.kept_images.chunks(self.task.params.batch_size, start, stop)
 
     def real(self, start: int, stop: int) -> Iterator[np.ndarray]:
         assert self.task.heldout
@@ -280,7 +288,9 @@ def geneval(task: Task, state: Store, cluster: Cluster) -> tuple[list[dict[str, 
     parts: list[dict[str, Any]] = [
         {"name": f"part-{i:06d}.jsonl", "images": [(m.filename, m.prompt) for m in images[i:i + params.batch_size]]}
         for i in range(0, len(images), params.batch_size)]
-    work_through(parts, Judge, (task, state, cluster), cluster, "judge", state)
+    baselines = {"name": BASELINES, "prompts": [dict(image.prompt) for image in images]}
+    work_through([baselines, *parts] if params.baselines else parts, Judge, (task, state, cluster), cluster, "judge",
+                 state)
     lines = [line for part in parts for line in read_sealed(state, part["name"]).decode().splitlines()]
     records, judges = [json.loads(line) for line in lines], json.loads(read_sealed(state, JUDGES))
     name = geneval_name(**judges)
@@ -292,9 +302,6 @@ def geneval(task: Task, state: Store, cluster: Cluster) -> tuple[list[dict[str, 
 
     metrics: dict[str, Any] = figures(records)
     if params.baselines:
-        prompts = [json.loads(record["metadata"]) for record in records]
-        work_through([{"name": BASELINES, "prompts": prompts}], SceneBaselines, (task, state, cluster), cluster,
-                     "baselines", state)
         for which, judged in json.loads(read_sealed(state, BASELINES)).items():
             metrics |= figures(judged, f"_{which}")
     return records, metrics | judges | {"prompts": len({record["filename"].split("/")[0] for record in records})}
@@ -313,32 +320,30 @@ class Judge:
     the loaded weights tell, it leaves beside these."""
 
     def __init__(self, task: Task, state: Store, cluster: Cluster):
-        self.state, self.images = state, task.samples.local() / "images"
+        self.task, self.state, self.device = task, state, cluster.device
+        self.images = task.samples.local() / "images"
         self.judges = load_judges(str(task.params.detector), task.weights.local(), torch.device(cluster.device))
         detector, colors = self.judges
         names = {"detector": detector.name, "color_classifier": colors.name}
         write_sealed(state, JUDGES, json.dumps(names).encode())
 
     def __call__(self, part: dict[str, Any]) -> None:
-        lines = [json.dumps(evaluate_image(Sample(self.images / filename, filename, prompt), *self.judges, Rules()))
-                 for filename, prompt in part["images"]]
-        write_sealed(self.state, part["name"], "".join(f"{line}\n" for line in lines).encode())
+        found = self.baselines(part["prompts"]) if part["name"] == BASELINES else self.verdicts(part["images"])
+        write_sealed(self.state, part["name"], found.encode())
 
+    def verdicts(self, images: list[tuple[str, dict[str, Any]]]) -> str:
+        """A line for each image, a file of the samples and its prompt."""
+        return "".join(
+            json.dumps(evaluate_image(Sample(self.images / filename, filename, prompt), *self.judges, Rules())) + "\n"
+            for filename, prompt in images)
 
-class SceneBaselines:
-    """What one actor does at the end: it judges what shows that the score measures."""
-
-    def __init__(self, task: Task, state: Store, cluster: Cluster):
-        self.task, self.state, self.device = task, state, cluster.device
-        self.judges = load_judges(str(task.params.detector), task.weights.local(), torch.device(cluster.device))
-
-    def __call__(self, part: dict[str, Any]) -> None:
-        drawn = scene_baselines(part["prompts"], self.task, untrained(self.task, self.device))
-        judged = {which: [{"tag": prompt["tag"], "metadata": prompt["prompt"],
-                           "correct": judge_image(picture, prompt, *self.judges).correct}
-                          for prompt, picture in zip(wanted, pictures, strict=True)]
-                  for which, (wanted, pictures) in drawn.items()}
-        write_sealed(self.state, part["name"], json.dumps(judged).encode())
+    def baselines(self, prompts: list[dict[str, Any]]) -> str:
+        """Verdicts by baseline, on pictures that show whether the score measures."""
+        drawn = scene_baselines(prompts, self.task, untrained(self.task, self.device))
+        return json.dumps({which: [{"tag": prompt["tag"], "metadata": prompt["prompt"],
+                                    "correct": judge_image(picture, prompt, *self.judges).correct}
+                                   for prompt, picture in zip(wanted, pictures, strict=True)]
+                           for which, (wanted, pictures) in drawn.items()})
 
 
 def scene_baselines(prompts: list[dict[str, Any]], task: Task, model: PixelGen

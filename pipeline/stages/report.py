@@ -136,7 +136,8 @@ def training(key: str) -> list[str]:
     with open(TRAINED / key / "curve.csv") as file:
         rows = list(csv.DictReader(file))
     steps = [float(r["step"]) for r in rows]
-    curves = [plot(name, steps, [float(r[name]) for r in rows]) for name in rows[0] if name != "step"]
+    measured = [name for name in rows[0] if name != "step" and all(r[name] for r in rows)]  # no MFU on a CPU
+    curves = [plot(name, steps, [float(r[name]) for r in rows]) for name in measured]
     grids = sorted((TRAINED / key / "grids").glob("*.png"))
     shown = grids[::max(1, -(-len(grids) // SHOWN_GRIDS))]
     if grids and grids[-1] not in shown:

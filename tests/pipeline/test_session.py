@@ -163,6 +163,16 @@ def test_what_differs_from_stage_to_stage_makes_no_other_session(monkeypatch, tm
     assert folder() != first
 
 
+def test_every_stage_would_join_the_same_session(tmp_path):
+    """Whatever the modules that it imports set in the environment."""
+    stages = [path.stem for path in Path("pipeline/stages").glob("[a-z]*.py")]
+    programs = [f"import pipeline.stages.{stage}; from pipeline import session; session.prepare(); "
+                "print(session.folder().name)" for stage in stages]
+    places = [subprocess.check_output([sys.executable, "-c", program], env=os.environ | {"RAY_TMPDIR": str(tmp_path)})
+              for program in programs]
+    assert len(stages) == 8 and len({*places}) == 1, dict(zip(stages, places, strict=True))
+
+
 def test_what_keeps_ray_from_starting_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(session, "environment", dict(os.environ) | {"RAY_TMPDIR": str(tmp_path)})
     monkeypatch.setattr(session, "sys", type("other", (), {"executable": "false"}))

@@ -35,6 +35,15 @@ else:
 """
 
 
+NO_COMPILER = """
+import sys
+import pixelgen.cli, pixelgen.standalone, pixelgen.generate, pixelgen.rank, pixelgen.metrics.fid
+assert "torch" in sys.modules
+loaded = {"torch._dynamo", "torch._inductor", "triton", "transformers", "timm"} & {*sys.modules}
+assert not loaded, loaded
+"""
+
+
 def run(code):
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
@@ -46,6 +55,11 @@ def test_every_module_imports_without_the_workflow():
 
 def test_the_package_itself_imports_nothing_heavy():
     run(NOTHING_HEAVY)
+
+
+def test_training_and_sampling_import_no_compiler():
+    """It takes each process more than a second, and few use it."""
+    run(NO_COMPILER)
 
 
 def test_the_version_needs_no_installed_package(tmp_path):
