@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import gc
 import os
 import shutil
 import signal
@@ -164,9 +165,13 @@ def fit_rank(run: Training, state: TrainState, objective: Objective, text: TextE
           (recording(run, state, text, busiest) if writes else silence()) as recorders,
           contextlib.closing(lane_batches(run.plan, lanes, state.step, recipe.fit.steps, device, text, executor)
                              ) as data):
-        for step in train(state, data, objective, recipe.optimizer, recipe.fit, stop, run.memory):
+        steps = train(state, data, objective, recipe.optimizer, recipe.fit, stop, run.memory)
+        for number, step in enumerate(steps):
             for recorder in recorders:
                 recorder.record(step)
+            if number == 0:  # all that lasts is there now, and Python's collector need not go through it every so often
+                gc.collect()
+                gc.freeze()
 
 
 def settled(run: Training, networks: Networks, lanes: int, device: torch.device) -> MemoryConfig:

@@ -116,14 +116,18 @@ class Writer:
         self.checkpoints, self.keep, self.every = checkpoints, keep, every
         self.thread = threading.Thread()
         self.error: BaseException | None = None
+        self.buffers: dict[str, torch.Tensor] = {}  # on the CPU, as large as the state, for one copy after the other
 
     def save(self, state: TrainState, extras: Mapping[str, Path]) -> None:
         """Copy the state and let it be written, after the one before. `extras`: files by the names under which they
         are uploaded before the checkpoint."""
         self.wait()
-        copied = snapshot(state.state_dict())
+        copied = snapshot(state.state_dict(), self.buffers)
+        arrived = torch.cuda.Event() if torch.cuda.is_initialized() else None
+        if arrived:
+            arrived.record()
         contents = {name: path.read_bytes() for name, path in extras.items()}
-        self.thread = threading.Thread(target=self._write, args=(state.step, copied, contents))
+        self.thread = threading.Thread(target=self._write, args=(state.step, copied, arrived, contents))
         self.thread.start()
 
     def wait(self) -> None:
@@ -133,8 +137,10 @@ class Writer:
         if self.error:
             raise self.error
 
-    def _write(self, step: int, state: dict[str, Any], extras: Mapping[str, bytes]) -> None:
+    def _write(self, step: int, state: dict[str, Any], arrived: Any, extras: Mapping[str, bytes]) -> None:
         try:
+            if arrived:
+                arrived.synchronize()
             name, path, store = name_of(step), self.checkpoints.path(step), self.checkpoints.store
             path.parent.mkdir(parents=True, exist_ok=True)
             save_state(state, path)
@@ -171,12 +177,16 @@ def name_of(step: int) -> str:
     return f"{FOLDER}/step-{step:08d}.pt"
 
 
-def snapshot(value: Any) -> Any:
-    """A copy on the CPU, which the next step does not change."""
+def snapshot(value: Any, buffers: dict[str, torch.Tensor], name: str = "") -> Any:
+    """A copy on the CPU, which the next step does not change, in `buffers` that the one before has used. A GPU fills
+    them on its own, before it begins with whatever it is told next."""
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        buffer = buffers.get(name)
+        if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
+            buffer = buffers[name] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return buffer.copy_(value.detach(), non_blocking=True)
     if isinstance(value, Mapping):
-        return {key: snapshot(v) for key, v in value.items()}
+        return {key: snapshot(v, buffers, f"{name}/{key}") for key, v in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(snapshot(v) for v in value)
+        return type(value)(snapshot(v, buffers, f"{name}/{i}") for i, v in enumerate(value))
     return value

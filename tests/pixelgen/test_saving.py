@@ -47,6 +47,21 @@ def test_what_is_saved_is_what_was_there_at_the_time(checkpoints):
     assert found["optimizer"][0]["weight"].tolist() == [1, 1, 1]
 
 
+def test_memory_of_one_copy_is_used_for_the_next(checkpoints):
+    """And each file holds its own step, whatever becomes of the state and of the copy."""
+    state, writer = State(1, torch.ones(3)), Writer(checkpoints, 9, None)
+    places = []
+    for step, weight in ((1, torch.ones(3)), (2, torch.full((3,), 2.0)), (3, torch.zeros(2, dtype=torch.bfloat16))):
+        state.step, state.weight = step, weight
+        writer.save(state, {})
+        state.weight.fill_(9)
+        writer.wait()
+        places.append(writer.buffers["/optimizer/0/weight"].data_ptr())
+    assert places[0] == places[1] and len(writer.buffers) == 1
+    found = [read_state(checkpoints.local(step))["optimizer"][0]["weight"] for step in (1, 2, 3)]
+    assert [w.tolist() for w in found] == [[1, 1, 1], [2, 2, 2], [0, 0]] and found[2].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(("keep", "every", "left"), [
     (1, None, [60]), (2, None, [50, 60]), (1, 20, [20, 40, 60]), (2, 25, [50, 60]),
     (9, None, [10, 20, 30, 40, 50, 60])])
