@@ -8,6 +8,7 @@ lie there under their sha256, `objects/12/12ab…`, whoever wrote them, and only
 manifest can name a file outside the root, and what has arrived is never sent again.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,7 +16,8 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -104,6 +106,19 @@ class Storage:
         else:
             write_atomic(directory / name, data)
         return entry
+
+    def keep_files(self, directory: Path, fill: Callable[[Path], None]) -> list[Entry]:
+        """Store the files of an output to be that `fill` writes into the folder that it is given, from whatever machine
+        this is: in `directory`, or under the root."""
+        with contextlib.ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if self.root else directory
+            fill(folder)
+            paths = sorted(path for path in folder.rglob("*") if path.is_file())
+            entries = [describe(path, path.relative_to(folder).as_posix()) for path in paths]
+            if self.root:
+                for path, entry in zip(paths, entries, strict=True):
+                    put(open_store(self.root), path, entry)
+        return entries
 
     def keeps(self, directory: Path, entry: Entry) -> bool:
         """Whether what `keep` has stored is still there as it was."""

@@ -1,12 +1,14 @@
 """train: a denoiser on a sharded dataset, under Ray Train; resumes from the last checkpoint of the same run."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from pipeline.cluster import Cluster, connect, read_cluster
+from pipeline.cluster import Cluster, connect, read_cluster, work_through
 from pipeline.params import NONE, TrainParams, read_params, stage_params
 from pipeline.rank import Run, ray_rank, run_rank
 from pipeline.runs import Stopped, lease, run_directory, run_stage
@@ -15,6 +17,7 @@ from pixelgen.progress import Progress
 from pixelgen.rank import check_data, stopping
 from pixelgen.recorders import CURVE
 
+EXPORTED = "exported.json"  # in the run's store: which files make up the model
 WEIGHTS, DATA, OUT = Path("out/weights"), Path("out/shard"), Path("out/train")
 
 
@@ -82,13 +85,32 @@ def train_on_workers(run: Run) -> None:
 def write_outputs(run: Run, storage: Storage, out: Path) -> None:
     """The trained model, its curve and its grids, as DVC outs."""
     model = fresh_directory(out) / "model"
-    step = run.export(model)
-    storage.publish(model, "model", run.recipe, steps=step, run="/".join(run.directory.parts[-3:]))
+    model.mkdir()
+    run.store.delete(EXPORTED)  # what it tells of has just been deleted
+    work_through([{"name": EXPORTED}], Exporter, (run, storage, model.absolute()), run.cluster, "export", run.store)
+    exported = json.loads(run.store.read(EXPORTED))
+    storage.publish(model, "model", run.recipe, exported["files"], steps=exported["step"],
+                    run="/".join(run.directory.parts[-3:]))
     run.store.fetch(CURVE, out / CURVE)
     (out / "grids").mkdir()
     for name in run.store.sizes("grids/"):
         run.store.fetch(name, out / name)
 
 
+class Exporter:
+    """What one worker does at the end: a checkpoint may be larger than the memory of the machine that the stage runs
+    on."""
+
+    def __init__(self, run: Run, storage: Storage, model: Path):
+        self.run, self.storage, self.model = run, storage, model
+
+    def __call__(self, part: dict[str, Any]) -> None:
+        steps: list[int] = []
+        files = self.storage.keep_files(self.model, lambda folder: steps.append(self.run.export(folder)))
+        self.run.store.write(part["name"], json.dumps({"step": steps[0], "files": files}).encode())
+
+
 if __name__ == "__main__":
-    run_stage(main)
+    from pipeline.stages.train import main as imported  # by name, so that Ray's workers import what they run
+
+    run_stage(imported)

@@ -326,6 +326,25 @@ def test_gradients_are_means_over_the_lanes():
     torch.testing.assert_close(gradients[2], (gradients[0] + gradients[1]) / 2)
 
 
+@pytest.mark.parametrize("options", [{"gate_threshold": 0.0}, {"gate_threshold": 1.0}, {"gate_threshold": 0.3},
+                                     {"gate_threshold": 0.3, "gated": ()}])
+def test_the_share_that_passes_the_gate_is_told(options):
+    """Of all samples of all lanes, however many lanes share a pass."""
+    goal, shares = objective(balance_start=None, **options), []
+    draw = goal.draw
+
+    def noted(*given):
+        found = draw(*given)
+        shares.append((found.t >= options["gate_threshold"]).float().mean().item())
+        return found
+
+    goal.draw = noted
+    step, = train(fresh_state(), 1, goal=goal, memory=MemoryConfig(3))
+    expected = 1 if options.get("gated") == () else sum(shares) / 4
+    assert step["gate_share"] == pytest.approx(expected)
+    assert len(shares) == 4 and (options != {"gate_threshold": 0.3} or 0 < expected < 1)
+
+
 def test_gradient_norm_is_clipped():
     state = fresh_state()
     before = state.model.denoiser.output_weight.detach().clone()
