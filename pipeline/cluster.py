@@ -59,7 +59,7 @@ class Cluster:
         require(self.threads_per_worker >= 1, f"threads_per_worker {self.threads_per_worker} must be at least 1")
         require(self.cpus_per_worker >= 0 and (self.gpus_per_worker or 0) >= 0, "resources must not be negative")
         require(self.max_failures >= 0, "max_failures must not be negative")
-        assert self.memory  # which checks itself
+        MemoryConfig(self.lanes_per_pass, self.recomputed_blocks, self.averages_on_cpu)  # checks them
         require(self.readers is None or re.fullmatch(READERS, self.readers) is not None, f"readers {self.readers!r}: "
                 "expected self, processes(N) or tasks(N) with a whole number N of at least 1, or null")
         require(self.address is None or self.readers is not None, "readers: null means this machine's processors; "

@@ -110,7 +110,8 @@ class Task:
     def inputs(self) -> list[Any]:
         """What the figures depend on."""
         artifacts = (self.samples, self.weights, self.reference, self.dataset)
-        return [self.params, self.sampling, self.train, *(artifact and artifact.identity for artifact in artifacts)]
+        return [self.params, self.sampling, self.train.denoiser, self.train.fit.seed,
+                *(artifact and artifact.identity for artifact in artifacts)]
 
     @property
     def sampling(self) -> SampleParams:
@@ -153,8 +154,8 @@ def fid(task: Task, state: Store, cluster: Cluster) -> dict[str, Any]:
         require(count >= LEAST, f"{told.get(source, source)} has {count} images, too few to score: at least {LEAST} "
                 "are needed")
     parts = plan_parts(counts)
-    work_through(parts, Looking, (task, state, cluster), cluster, "features", state)
-    work_through([{"name": FIGURES, "parts": parts}], Scoring, (task, state, cluster), cluster, "figures", state)
+    work_through(parts, FeatureWorker, (task, state, cluster), cluster, "features", state)
+    work_through([{"name": FIGURES, "parts": parts}], FigureWorker, (task, state, cluster), cluster, "figures", state)
     reference = task.whole.reference[params.reference]
     return json.loads(read_sealed(state, FIGURES)) | {"reference": {
         "dataset": reference.dataset, "npz": reference.npz or "computed from the training split"}}
@@ -176,7 +177,7 @@ def plan_parts(counts: dict[str, int]) -> list[dict[str, Any]]:
     return parts
 
 
-class Looking:
+class FeatureWorker:
     """What an actor does: it holds the extractor, and leaves the features of a part, 20 kB an image with Inception."""
 
     def __init__(self, task: Task, state: Store, cluster: Cluster):
@@ -222,7 +223,7 @@ class Looking:
             yield model.generate([i % classes for i in numbers], numbers, self.task.sampling.sampler, BATCH)
 
 
-class Scoring:
+class FigureWorker:
     """What one actor does at the end: figures from the features of all parts, 20 kB an image with Inception."""
 
     def __init__(self, task: Task, state: Store, cluster: Cluster):
@@ -230,9 +231,9 @@ class Scoring:
 
     def __call__(self, part: dict[str, Any]) -> None:
         extractor, features = self.collected(part["parts"])
-        reference, sample, real = reference_of(self.task), features["samples"], features.get("reference")
-        metrics: dict[str, Any] = adm_suite(reference, real.pool if real else None, sample, extractor,
-                                             self.device)
+        reference, sample = reference_of(self.task), features["samples"]
+        real = features["reference"].pool if "reference" in features else None
+        metrics: dict[str, Any] = adm_suite(reference, real, sample, extractor, self.device)
         if extractor == "digits":
             labels = np.load(self.task.samples.local() / "labels.npy", allow_pickle=False)
             metrics["class_accuracy"] = accuracy(sample, labels)

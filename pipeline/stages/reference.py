@@ -50,7 +50,7 @@ def main() -> None:
         parts: list[dict[str, Any]] = [{"name": f"part-{start:09d}.npz", "start": start, "stop": start + PART}
                                        for start in range(0, total, PART)]
         with lease(directory / "driver.lease", patience=5):
-            work_through(parts, Surveyor, (params, dataset, weights, state, cluster), cluster, "reference", state)
+            work_through(parts, MomentWorker, (params, dataset, weights, state, cluster), cluster, "reference", state)
             extractor, reference = merged(state, [part["name"] for part in parts])
             images: Any = kept_images(state, min(params.images, total))
     else:
@@ -62,7 +62,7 @@ def main() -> None:
                     images=0 if images is None else images.shape[0])
 
 
-class Surveyor:
+class MomentWorker:
     """What an actor does: it holds the extractor, and leaves the moments of the features of a part, and those of its
     images that are kept: all of them in a small dataset, so they go into files of a few before the moments."""
 

@@ -87,7 +87,7 @@ def write_outputs(run: Run, storage: Storage, out: Path) -> None:
     model = fresh_directory(out) / "model"
     model.mkdir()
     run.store.delete(EXPORTED)  # what it tells of has just been deleted
-    work_through([{"name": EXPORTED}], Exporter, (run, storage, model.absolute()), run.cluster, "export", run.store)
+    work_through([{"name": EXPORTED}], ExportWorker, (run, storage, model.absolute()), run.cluster, "export", run.store)
     exported = json.loads(run.store.read(EXPORTED))
     storage.publish(model, "model", run.recipe, exported["files"], steps=exported["step"],
                     run="/".join(run.directory.parts[-3:]))
@@ -97,7 +97,7 @@ def write_outputs(run: Run, storage: Storage, out: Path) -> None:
         run.store.fetch(name, out / name)
 
 
-class Exporter:
+class ExportWorker:
     """What one worker does at the end: a checkpoint may be larger than the memory of the machine that the stage runs
     on."""
 
