@@ -18,6 +18,7 @@ from pixelgen.store import Store, write_atomic
 from pixelgen.train import Step, TrainState
 
 CURVE = "curve.csv"  # in the run's directory, and in its store
+MEASURED = ("waiting", "images_per_second", "memory_gb", "mfu")  # its last columns, which no two runs have in common
 GRID_COLUMNS = 10
 
 
@@ -51,9 +52,10 @@ class Curve:
             return
         now = time.perf_counter()
         seconds, images = now - self.began, (number - self.step) * self.fit.batch_size
-        self.append({"step": number, **step.metrics, "skipped": step.state.skipped,
-                     "waiting": self.waited / seconds, "images_per_second": images / seconds, "memory_gb": memory_gb(),
-                     "mfu": images / seconds / self.busiest if self.busiest else ""})
+        rate = images / seconds
+        measured = (self.waited / seconds, rate, memory_gb(), rate / self.busiest if self.busiest else "")
+        self.append({"step": number, **step.metrics, "skipped": step.state.skipped}
+                    | dict(zip(MEASURED, measured, strict=True)))
         self.step, self.began, self.waited = number, now, 0.0
 
     def append(self, row: dict[str, float | str]) -> None:

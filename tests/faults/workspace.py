@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from pixelgen.recorders import MEASURED
 from tests.e2e.workspace import digest, environment, make
 
 STAGES = {"weights": [], "shard": ["digits"], "reference": ["digits"], "train": ["c2i"], "sample": ["c2i"],
@@ -119,11 +120,11 @@ class Workspace:
             psutil.wait_procs(left, PATIENCE)
 
     def outputs(self, root, stage):
-        """What a stage publishes: sha256 by path; of the curve, all but what is measured of time."""
+        """What a stage publishes: sha256 by path; of the curve, all but what is measured."""
         found = {}
         for path in sorted((root / self.out(stage).relative_to(self.path)).rglob("*")):
             if path.name == "curve.csv":
-                found[path.name] = [line.rsplit(",", 2)[0] for line in path.read_text().splitlines()]
+                found[path.name] = [line.rsplit(",", len(MEASURED))[0] for line in path.read_text().splitlines()]
             elif path.is_file():
                 found[path.relative_to(root).as_posix()] = digest(path)
         if stage == "evaluate":
