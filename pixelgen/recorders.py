@@ -53,9 +53,9 @@ class Curve:
         now = time.perf_counter()
         seconds, images = now - self.began, (number - self.step) * self.fit.batch_size
         rate = images / seconds
+        row: dict[str, float | str] = {"step": number, **step.metrics, "skipped": step.state.skipped}
         measured = (self.waited / seconds, rate, memory_gb(), rate / self.busiest if self.busiest else "")
-        self.append({"step": number, **step.metrics, "skipped": step.state.skipped}
-                    | dict(zip(MEASURED, measured, strict=True)))
+        self.append(row | dict(zip(MEASURED, measured, strict=True)))
         self.step, self.began, self.waited = number, now, 0.0
 
     def append(self, row: dict[str, float | str]) -> None:

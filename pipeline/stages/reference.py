@@ -8,6 +8,7 @@ checked, and taken over as it is.
 
 import io
 import itertools
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,8 +44,8 @@ def main() -> None:
     weights = storage.open(WEIGHTS, "weights")
     if params.npz is None:
         dataset = storage.open(SHARDS / params.dataset, "dataset")
-        total = dataset.split("train").total
-        require(total > 1, f"dataset {params.dataset} has {total} training image: no covariance is of one")
+        require((total := dataset.split("train").total) > 1,
+                f"dataset {params.dataset} has {total} training image: no covariance is of one")
         directory = run_directory("reference", key, params, dataset.identity, weights.identity)
         state = storage.run(directory)
         parts: list[dict[str, Any]] = [{"name": f"part-{start:09d}.npz", "start": start, "stop": start + PART}
@@ -52,14 +53,21 @@ def main() -> None:
         with lease(directory / "driver.lease", patience=5):
             work_through(parts, MomentWorker, (params, dataset, weights, state, cluster), cluster, "reference", state)
             extractor, reference = merged(state, [part["name"] for part in parts])
-            images: Any = kept_images(state, min(params.images, total))
+            write(storage, key, params, extractor, reference, kept_images(state, min(params.images, total)))
+            for name in state.sizes():  # moments of ImageNet take gigabytes
+                state.delete(name)
+            shutil.rmtree(directory)
     else:
-        extractor, reference = published(params, weights.local())
-        images = reference.images
-    out = fresh_directory(OUT / key)
+        write(storage, key, params, *published(params, weights.local()), None)
+
+
+def write(storage: Storage, key: str, params: ReferenceParams, extractor: str, reference: Reference,
+          images: Stream | None) -> None:
+    """The output; `images`: those of the reference, where they come a few at a time."""
+    out, kept = fresh_directory(OUT / key), images or reference.images
     fid.save_reference(out / "reference.npz", reference, images)
     storage.publish(out, "reference", params, extractor=extractor, dataset=params.dataset,
-                    images=0 if images is None else images.shape[0])
+                    images=0 if kept is None else kept.shape[0])
 
 
 class MomentWorker:

@@ -87,7 +87,7 @@ def test_the_workflow_leaves_manifests_here_and_the_rest_on_s3(workspace, bucket
     assert len([*(workspace / "out/train/c2i/grids").iterdir()]) == 2
     assert "data:image/png" in (workspace / "out/report/index.html").read_text()
     states = {name.split("/")[2] for name in names(bucket, "store/runs/")} - {""}  # of pyarrow's marker of a folder
-    assert states == {"train@c2i", "sample@c2i"}, "shards of a finished dataset leave nothing behind"
+    assert states == {"train@c2i", "sample@c2i", "evaluate@fid"}, "finished shards and references leave nothing behind"
     assert "0 missing or changed, 0 orphans" in python(workspace, "pipeline.verify")
 
 
