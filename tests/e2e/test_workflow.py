@@ -18,8 +18,7 @@ from safetensors.numpy import load_file
 
 from pixelgen.cli import main
 from pixelgen.metrics.geneval import list_images
-from pixelgen.recorders import MEASURED
-from tests.e2e.workspace import digest, dvc, edit, environment, make, yaml
+from tests.e2e.workspace import digest, dvc, edit, environment, make, unmeasured, yaml
 
 JUDGED = ("sample@geneval", "evaluate@geneval", "report")
 
@@ -183,7 +182,7 @@ def test_training_survives_kill_9(workspace):
     """dvc, and with it nothing else, is killed in the middle; the next repro takes over and ends at the same bits."""
     model, curve = workspace / "out/train/c2i/model", workspace / "out/train/c2i/curve.csv"
     undisturbed = {p.name: digest(p) for p in model.iterdir()}
-    losses = [line.rsplit(",", len(MEASURED))[0] for line in curve.read_text().splitlines()]
+    losses = unmeasured(curve.read_text())
     for path in ("runs", "out/train/c2i", ".dvc/cache"):  # from its cache, dvc would bring back what was deleted
         shutil.rmtree(workspace / path)
     process = subprocess.Popen(["dvc", "repro", "train@c2i"], cwd=workspace, env=environment(workspace),
@@ -201,7 +200,7 @@ def test_training_survives_kill_9(workspace):
     assert not (run / "checkpoints/step-00000030.pt").exists(), "killed too late to show anything"
     dvc(workspace, "repro", "train@c2i")
     assert {p.name: digest(p) for p in model.iterdir()} == undisturbed
-    assert [line.rsplit(",", len(MEASURED))[0] for line in curve.read_text().splitlines()] == losses
+    assert unmeasured(curve.read_text()) == losses
 
 
 @pytest.mark.parametrize("patch", ["", "cluster.Cluster.here = lambda *_: False"], ids=["in process", "ray train"])

@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 from ruamel.yaml import YAML
 
+from pixelgen.recorders import MEASURED
+
 ROOT = Path(__file__).parents[2]
 LOOPBACK = {"127.0.0.1", "::1"}
 yaml = YAML()
@@ -71,3 +73,8 @@ def interfaces(processes):
             found |= {c.laddr.ip.removeprefix("::ffff:") for c in process.net_connections("inet")
                       if c.status == psutil.CONN_LISTEN or c.type != socket.SOCK_STREAM}
     return found
+
+
+def unmeasured(curve: str) -> list[str]:
+    """The lines of a curve without the columns that no two runs have in common."""
+    return [line.rsplit(",", len(MEASURED))[0] for line in curve.splitlines()]

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from pixelgen.recorders import MEASURED
-from tests.e2e.workspace import digest, environment, make
+from tests.e2e.workspace import digest, environment, make, unmeasured
 
 STAGES = {"weights": [], "shard": ["digits"], "reference": ["digits"], "train": ["c2i"], "sample": ["c2i"],
           "evaluate": ["fid"]}  # with what they are called on, in the order of the workflow
@@ -124,7 +123,7 @@ class Workspace:
         found = {}
         for path in sorted((root / self.out(stage).relative_to(self.path)).rglob("*")):
             if path.name == "curve.csv":
-                found[path.name] = [line.rsplit(",", len(MEASURED))[0] for line in path.read_text().splitlines()]
+                found[path.name] = unmeasured(path.read_text())
             elif path.is_file():
                 found[path.relative_to(root).as_posix()] = digest(path)
         if stage == "evaluate":
