@@ -32,9 +32,9 @@ QWEN = {"model_type": "qwen3", "hidden_size": 2048, "intermediate_size": 6144, "
         "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
 
 
-def networks(train: TrainParams) -> Networks:
-    """Those of a training, without weights: what the weights stage has put into `out/weights`, or else the published
-    ones."""
+def networks(train: TrainParams, demo: bool = False) -> Networks:
+    """Those of a training, without weights. The frozen ones are the published ones, or the demo's, as the weights stage
+    has described them."""
     import lpips
     from transformers import AutoConfig, AutoModel
 
@@ -43,23 +43,22 @@ def networks(train: TrainParams) -> Networks:
     with torch.device("meta"), quiet():
         if uses_dino(o):
             grid = d.image_size // d.patch_size
-            dino = Dino(build_dino(described_as("dino", DINO), grid), grid)
+            dino = Dino(build_dino(described("dino") if demo else DINO, grid), grid)
         if o.repa_weight and dino:
             projector = repa_projector(d.width, dino.width, o.repa_hidden or d.width)
         if train.text:
-            text = AutoModel.from_config(AutoConfig.for_model(**described_as("text", QWEN)))
+            text = AutoModel.from_config(AutoConfig.for_model(**(described("text") if demo else QWEN)))
         denoiser = build_denoiser(d)
     if o.lpips_weight:
         with quiet():
-            metric = Lpips(lpips.LPIPS(net=described_as("lpips", {"net": "vgg"})["net"], pnet_rand=True, verbose=False))
+            net = described("lpips")["net"] if demo else "vgg"
+            metric = Lpips(lpips.LPIPS(net=net, pnet_rand=True, verbose=False))
     return Networks(denoiser, projector, dino, metric, text)
 
 
-def described_as(name: str, published: dict[str, Any]) -> dict[str, Any]:
-    """What the configuration of a frozen network says."""
-    with contextlib.suppress(FileNotFoundError):
-        return json.loads((WEIGHTS / name / "config.json").read_text())
-    return published
+def described(name: str) -> dict[str, Any]:
+    """What the configuration of a frozen network of the weights stage says."""
+    return json.loads((WEIGHTS / name / "config.json").read_text())
 
 
 @contextlib.contextmanager
@@ -74,22 +73,24 @@ def report(whole: Params, keys: Sequence[str], gpus: int, memory: MemoryConfig, 
            ) -> Iterator[str]:
     """Lines about each training and sampling that `keys` names (none: all), on GPUs of which each has `room` bytes to
     use, does `rate` operations a second and costs `price` dollars an hour. ConfigError for a key that is not there."""
-    require(whole.weights.source != "demo" or (WEIGHTS / MANIFEST).exists(), "the demo's small frozen networks are not "
-            "there yet: run `dvc repro weights` first")
+    demo = whole.weights.source == "demo"
+    require(not demo or (WEIGHTS / MANIFEST).exists(), "the demo's small frozen networks are not there yet: run `dvc "
+            "repro weights` first")
     known = {*(f"train.{key}" for key in whole.train), *(f"sample.{key}" for key in whole.sample)}
     if strange := sorted({*keys} - known):
         raise ConfigError(f"{strange[0]}: neither a training nor a sampling; there are {', '.join(sorted(known))}")
     for key, train in whole.train.items():
         if not keys or f"train.{key}" in keys:
-            yield from training(f"train.{key}", train, gpus, memory, room, rate, price)
+            yield from training(f"train.{key}", train, networks(train, demo), gpus, memory, room, rate, price)
     for key, sampling in whole.sample.items():
         if not keys or f"sample.{key}" in keys:
-            yield from drawing(f"sample.{key}", whole, sampling, gpus, rate, price)
+            train = whole.train[sampling.model]
+            yield from drawing(f"sample.{key}", train, networks(train, demo), sampling, gpus, rate, price)
 
 
-def training(name: str, train: TrainParams, gpus: int, memory: MemoryConfig, room: float, rate: float, price: float
-             ) -> Iterator[str]:
-    fit, d, found = train.fit, train.denoiser, networks(train)
+def training(name: str, train: TrainParams, found: Networks, gpus: int, memory: MemoryConfig, room: float, rate: float,
+             price: float) -> Iterator[str]:
+    fit, d = train.fit, train.denoiser
     require(fit.lanes % gpus == 0, f"{name}: fit.lanes {fit.lanes} cannot be shared out evenly among {gpus} GPUs")
     forward = forward_operations(found)
     counted = training_operations(train.objective, forward)
@@ -106,9 +107,9 @@ def training(name: str, train: TrainParams, gpus: int, memory: MemoryConfig, roo
     yield from time_and_money(images, fit.steps * fit.batch_size, gpus, price)
 
 
-def drawing(name: str, whole: Params, sampling: SampleParams, gpus: int, rate: float, price: float) -> Iterator[str]:
-    train = whole.train[sampling.model]
-    forward = forward_operations(networks(train))
+def drawing(name: str, train: TrainParams, found: Networks, sampling: SampleParams, gpus: int, rate: float, price: float
+            ) -> Iterator[str]:
+    forward = forward_operations(found)
     rows = sampling_rows(sampling.sampler)
     operations = rows * forward["denoiser"] + forward["text"]
     s = sampling.sampler

@@ -34,6 +34,16 @@ def test_what_xl_takes(preset, capsys):
                                    "hours": 102.4e6 / images / 3600, "dollars": 8 * 102.4e6 / images / 3600}, rel=5e-3)
 
 
+def test_networks_that_the_demo_has_left_are_not_the_presets(preset, capsys, tmp_path):
+    """Nobody may take their few operations for those of the published ones."""
+    preset("presets/imagenet256-xl.yaml")
+    assert main(["estimate", "train.c2i"]) == 0
+    before = capsys.readouterr().out
+    (folder := tmp_path / "out/weights/lpips").mkdir(parents=True)
+    (folder / "config.json").write_text('{"net": "alex"}')
+    assert main(["estimate", "train.c2i"]) == 0 and capsys.readouterr().out == before
+
+
 def test_all_that_a_preset_runs_is_estimated(preset, capsys):
     preset("presets/t2i-xxl.yaml")
     assert main(["estimate", "--gpus", "32"]) == 0
