@@ -5,6 +5,7 @@ and attention, two for a multiplication and an addition. Memory is by formulas, 
 with what was measured.
 """
 
+import bisect
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -155,9 +156,9 @@ def fitting_lanes(networks: Networks, objective: ObjectiveConfig, lane: int, lan
                   room: float) -> int:
     """How many of a rank's `lanes` of `lane` images may share a forward pass in `room` bytes: at least one, whatever
     that takes."""
-    fit = (n for n in range(lanes, 1, -1)
-           if sum(training_memory(networks, objective, n * lane, memory).values()) <= room)
-    return next(fit, 1)
+    fit = bisect.bisect_right(range(1, lanes + 1), room, key=lambda n: sum(
+        training_memory(networks, objective, n * lane, memory).values()))
+    return max(fit, 1)
 
 
 def count(network: nn.Module) -> int:

@@ -134,7 +134,7 @@ def train_rank(run: Training, rank: int, world: int, device: torch.device,
     networks = Networks(state.model.denoiser, state.model.projector, objective.dino, objective.lpips,
                         text.network if text else None)
     run = dataclasses.replace(run, memory=settled(run, networks, lanes // world, device))
-    busiest = most_images(recipe, networks, device, world)
+    busiest = most_images(recipe, networks, device, world) if rank == 0 else None
     if recipe.fit.compile and text:
         compile_blocks(text.network)
     if run.memory.averages_on_cpu:
