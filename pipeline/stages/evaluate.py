@@ -7,7 +7,6 @@ what they have found.
 
 import dataclasses
 import functools
-import io
 import json
 import sys
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from pipeline.cluster import Cluster, read_cluster, work_through
 from pipeline.datasets import scenes
 from pipeline.judges import GeometricDetector, load_extractor, load_judges
 from pipeline.params import EvaluateParams, Params, SampleParams, TrainParams, read_params, stage_params
+from pipeline.parts import read_part, write_arrays
 from pipeline.runs import lease, run_directory, run_stage
 from pipeline.storage import Artifact, Storage, fresh_directory, read_sealed, write_json, write_sealed
 from pixelgen.config import require
@@ -51,7 +51,7 @@ from pixelgen.metrics.geneval import (
 )
 from pixelgen.models import build_denoiser
 from pixelgen.models.jit_t2i import JiTText
-from pixelgen.npz import Rows, write_npz
+from pixelgen.npz import Rows
 from pixelgen.store import Store
 
 METRICS, OUT = Path("metrics"), Path("out/evaluate")
@@ -188,12 +188,11 @@ class FeatureWorker:
                         "untrained": self.drawn}
 
     def __call__(self, part: dict[str, Any]) -> None:
-        arrays, data = {"extractor": np.array(self.extractor.name)}, io.BytesIO()
+        arrays = {"extractor": np.array(self.extractor.name)}
         for source, start, stop in part["pieces"]:
             features = extract(self.extractor, self.sources[source](start, stop), self.task.params.batch_size)
             arrays |= {f"{source}_{name}": array for name, array in vars(features).items()}
-        write_npz(data, arrays)
-        write_sealed(self.state, part["name"], data.getvalue())
+        write_arrays(self.state, part["name"], arrays)
 
     @functools.cached_property
     def drawn_images(self) -> Rows:
@@ -246,7 +245,7 @@ class FigureWorker:
         pieces: dict[str, dict[str, list[np.ndarray]]] = {}
         extractor = ""
         for part in parts:
-            with np.load(io.BytesIO(read_sealed(self.state, part["name"])), allow_pickle=False) as found:
+            with read_part(self.state, part["name"]) as found:
                 extractor = str(found["extractor"])
                 for source, _, _ in part["pieces"]:
                     for name in ("pool", "spatial", "logits"):

@@ -6,7 +6,6 @@ and this process neither needs a GPU nor holds more than a part. A published npz
 checked, and taken over as it is.
 """
 
-import io
 import itertools
 import shutil
 import sys
@@ -20,14 +19,15 @@ import torch
 from pipeline.cluster import Cluster, read_cluster, work_through
 from pipeline.judges import load_extractor
 from pipeline.params import ReferenceParams, read_params, stage_params
+from pipeline.parts import read_part, write_array, write_arrays
 from pipeline.runs import lease, run_directory, run_stage
-from pipeline.storage import Artifact, Storage, fresh_directory, read_sealed, write_sealed
+from pipeline.storage import Artifact, Storage, fresh_directory
 from pixelgen.config import ConfigError, require
 from pixelgen.data.shards import read_images
 from pixelgen.errors import StorageError, UserError
 from pixelgen.metrics import fid
 from pixelgen.metrics.fid import Moments, Reference
-from pixelgen.npz import Stream, write_npz
+from pixelgen.npz import Stream
 from pixelgen.store import Store
 
 OUT, SHARDS, WEIGHTS = Path("out/reference"), Path("out/shard"), Path("out/weights")
@@ -83,11 +83,10 @@ class MomentWorker:
 
     def __call__(self, part: dict[str, Any]) -> None:
         pool, spatial = fid.survey(self.extractor, self.images(part["start"], part["stop"]), self.params.batch_size)
-        data, arrays = io.BytesIO(), {"extractor": np.array(self.extractor.name)}
+        arrays = {"extractor": np.array(self.extractor.name)}
         for name, moments in (("pool", pool), ("spatial", spatial)):
             arrays |= {f"{name}_{field}": np.asarray(value) for field, value in vars(moments).items()}
-        write_npz(data, arrays)
-        write_sealed(self.state, part["name"], data.getvalue())
+        write_arrays(self.state, part["name"], arrays)
 
     def images(self, start: int, stop: int) -> Iterator[np.ndarray]:
         """Those of a part, a batch at a time; the chosen ones are kept on the way."""
@@ -97,9 +96,7 @@ class MomentWorker:
             held += [image.copy() for image in images[self.chosen[at:at + len(images)]]]
             at += len(images)
             while len(held) >= HELD or (held and at == min(stop, self.split.total)):
-                data = io.BytesIO()
-                np.save(data, np.stack(held[:HELD]))
-                write_sealed(self.state, f"kept-{start:09d}-{next(files):06d}.npy", data.getvalue())
+                write_array(self.state, f"kept-{start:09d}-{next(files):06d}.npy", np.stack(held[:HELD]))
                 held = held[HELD:]
             yield images
 
@@ -109,7 +106,7 @@ def merged(state: Store, names: list[str]) -> tuple[str, Reference]:
     totals: dict[str, Moments] = {}
     extractor = ""
     for name in names:
-        with np.load(io.BytesIO(read_sealed(state, name)), allow_pickle=False) as part:
+        with read_part(state, name) as part:
             extractor = str(part["extractor"])
             for kind in ("pool", "spatial"):
                 moments = Moments(int(part[f"{kind}_count"]), part[f"{kind}_mean"], part[f"{kind}_scatter"])
@@ -125,7 +122,7 @@ def kept_images(state: Store, count: int) -> Stream:
     """The images that the actors have kept, in the order of the dataset."""
     def read(name: str) -> np.ndarray:
         try:
-            return np.load(io.BytesIO(read_sealed(state, name)), allow_pickle=False)
+            return read_part(state, name)
         except StorageError:  # the part that has written it is to be done again
             state.delete(f"part-{name.split('-')[1]}.npz")
             raise

@@ -3,7 +3,6 @@
 Ray Data actors draw parts, each written whole, so that finished ones survive an interruption.
 """
 
-import io
 import itertools
 import json
 import re
@@ -19,8 +18,9 @@ import torch
 
 from pipeline.cluster import Cluster, read_cluster, work_through
 from pipeline.params import NONE, SampleParams, read_params, stage_params
+from pipeline.parts import read_part, write_array
 from pipeline.runs import lease, run_directory, run_stage
-from pipeline.storage import Artifact, Storage, fresh_directory, read_sealed, write_sealed
+from pipeline.storage import Artifact, Storage, fresh_directory
 from pixelgen.generate import BATCH, PixelGen
 from pixelgen.images import grid
 from pixelgen.npz import Stream, write_npz
@@ -65,7 +65,7 @@ def main() -> None:
     with lease(directory / "driver.lease", patience=5):
         work_through([vars(part) for part in parts], Artist, (params, model, weights, state, cluster), cluster,
                      "sample", state)
-        images = (np.load(io.BytesIO(read_sealed(state, part.name)), allow_pickle=False) for part in parts)
+        images = (read_part(state, part.name) for part in parts)
         out = fresh_directory(OUT / key)
         if prompts:
             write_prompts(out, images, prompts, params)
@@ -99,9 +99,7 @@ class Artist:
     def __call__(self, part: dict[str, Any]) -> None:
         images = self.model.generate(part["wanted"], part["seeds"], self.params.sampler, BATCH,
                                      self.params.negative)
-        data = io.BytesIO()
-        np.save(data, images)
-        write_sealed(self.state, part["name"], data.getvalue())
+        write_array(self.state, part["name"], images)
 
 
 def write_classes(out: Path, parts: Iterable[np.ndarray], wanted: Sequence[int], order: Sequence[int]) -> None:

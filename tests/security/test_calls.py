@@ -23,11 +23,9 @@ READ = {  # file -> its calls of readers
     "pixelgen/cli.py": {"PixelGen.from_pretrained(args.model, …)"},
     # between a rank and its own processes, through pipes that nobody else holds
     "pixelgen/data/executors.py": {"pickle.load(process.stdout)", "pickle.load(sys.stdin.buffer)"},
-    "pipeline/stages/sample.py": {"PixelGen.from_pretrained(model.local(), …)",
-                                  "np.load(io.BytesIO(read_sealed(state, part.name)), allow_pickle=False)"},
-    "pipeline/stages/reference.py": {"np.load(io.BytesIO(read_sealed(state, name)), allow_pickle=False)"},
-    "pipeline/stages/evaluate.py": {"np.load(self.task.samples.local() / 'labels.npy', allow_pickle=False)",
-                                    "np.load(io.BytesIO(read_sealed(self.state, part['name'])), allow_pickle=False)"},
+    "pipeline/stages/sample.py": {"PixelGen.from_pretrained(model.local(), …)"},
+    "pipeline/parts.py": {"np.load(io.BytesIO(read_sealed(store, name)), allow_pickle=False)"},
+    "pipeline/stages/evaluate.py": {"np.load(self.task.samples.local() / 'labels.npy', allow_pickle=False)"},
     "pipeline/stages/shard.py": {"pickle.loads(row['job'])"},  # the driver hands jobs to Ray tasks of its own
     "pipeline/stages/weights.py": {"Qwen2Tokenizer.from_pretrained(out)",  # what has just been made
                                    "timm.create_model(STAND_IN['architecture'], …)"},
