@@ -124,8 +124,7 @@ def prepared_training(row: str, size: str, image_size: int, batch: int, gated: t
     o = OptimizerConfig(lr=1e-4, clip=1.0 if text else None)
     lanes = batch // LANE
     config = FitConfig(steps=10**6, batch_size=batch, lanes=lanes, seed=0, ema_decay=0.9999, precision="bf16",
-                       compile=True, checkpoint_every=10**6, keep_checkpoints=1, keep_every=None, log_every=1,
-                       grid_every=None, on_nonfinite="stop")
+                       compile=True)
     state = create_state(d, objective, o, 0, DEVICE)
     batches = fed(batch, lanes) if row.endswith("fed") else made(image_size, lanes, encoder)
     described = {"parameters": sum(p.numel() for p in state.model.denoiser.parameters()), "batch": batch}
@@ -256,13 +255,14 @@ def measure_empty(row: str, go: Callable[[], None], folder: Path | None) -> dict
 def measure_resume(row: str, go: Callable[[], None], folder: Path | None) -> dict[str, Any]:
     """The demo's classes, trained in bf16: once undisturbed, once killed (-9) after half of the steps and started
     again. The losses of both, and what two undisturbed runs differ by."""
+    subprocess.run([sys.executable, "-m", "pipeline.params"], check=True)
     for stage, made in (("weights", Path("out/weights")), ("shard digits", Path("out/shard/digits"))):
         if not (made / MANIFEST).exists():
             subprocess.run([sys.executable, "-m", *f"pipeline.stages.{stage}".split()], check=True)
     recipe = read_yaml(Path("params.yaml"))["train"]["c2i"]
     steps = 16 if TINY else 200
-    recipe["fit"] |= {"steps": steps, "checkpoint_every": steps // 4, "log_every": 1, "grid_every": None,
-                      "precision": "bf16"}
+    recipe["fit"] |= {"steps": steps, "precision": "bf16"}
+    recipe["run"] = {"checkpoint_every": steps // 4, "log_every": 1, "grid_every": None}
     place = Path(tempfile.mkdtemp())
     (place / "recipe.yaml").write_text(json.dumps({k: v for k, v in recipe.items() if k not in ("dataset", "init")}))
     go()

@@ -36,8 +36,7 @@ def gate(batch: int) -> tuple[Callable[[], Any], Callable[[], Any], dict[str, An
         network.float()
     null = torch.tensor(1000)
     config = FitConfig(steps=10**6, batch_size=batch, lanes=1, seed=0, ema_decay=0.9999, precision="fp32",
-                       compile=False, checkpoint_every=10**6, keep_checkpoints=1, keep_every=None, log_every=1,
-                       grid_every=None, on_nonfinite="stop")
+                       compile=False)
     shares: list[float] = []
 
     def steps(gated: tuple[Any, ...]) -> Callable[[], Any]:

@@ -51,7 +51,7 @@ def predict(train: TrainParams, operations: float, parameters: int, gpus: int) -
     averaged = 2 * (gpus - 1) / gpus * 4 * parameters / speed
     exposed = max(0.0, averaged - HIDDEN * compute)
     step = compute + exposed
-    every = fit.checkpoint_every * step
+    every = train.run.checkpoint_every * step
     overhead = COPIED / every  # of the time, for checkpoints
     failures = gpus / (MTBF * 3600)  # a second; each costs half of the time between checkpoints, and a start
     lost = overhead + failures * (every / 2 + STARTED)

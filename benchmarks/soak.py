@@ -54,9 +54,11 @@ def prepare(workspace: Path) -> Path:
         (workspace / "out").mkdir(exist_ok=True)
         (workspace / "out" / name).symlink_to(Path("out", name).absolute())
     params = read_yaml(Path("params.yaml"))
-    params["train"]["c2i"]["fit"] |= {"steps": ENDLESS, "checkpoint_every": CHECKPOINT_EVERY, "log_every": 5,
+    params["train"]["c2i"]["fit"]["steps"] = ENDLESS
+    params["train"]["c2i"]["run"] |= {"checkpoint_every": CHECKPOINT_EVERY, "log_every": 5,
                                       "grid_every": CHECKPOINT_EVERY}
     (workspace / "params.yaml").write_text(json.dumps(params))  # which is YAML too
+    subprocess.run([sys.executable, "-m", "pipeline.params"], cwd=workspace, check=True)
     return workspace
 
 
@@ -96,7 +98,7 @@ def in_workspace(workspace: Path) -> Iterator[psutil.Process]:
 
 
 def reached(workspace: Path) -> int:
-    (path,) = workspace.glob("runs/train@c2i/*/curve.csv")
+    (path,) = workspace.glob("runs/train/*/curve.csv")
     return int(list(csv.DictReader(path.open()))[-1]["step"])
 
 

@@ -1,19 +1,43 @@
 """`python -m pipeline`: what can be asked of the workflow beside running it."""
 
 import argparse
+import json
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 
+from ruamel.yaml.error import YAMLError
+
+from pipeline import describe, older
 from pipeline.cluster import read_cluster
-from pipeline.params import read_params
-from pixelgen.config import require
+from pipeline.older import OUT
+from pipeline.params import PARAMS, Params, read_params, resolve
+from pipeline.storage import versions
+from pixelgen.config import ConfigError, require
 from pixelgen.errors import UserError
+from pixelgen.manifest import MANIFEST, read_manifest
+from pixelgen.store import write_atomic
 
 TFLOPS, UTILISATION, MEMORY, PRICE = 989.0, 0.35, 80.0, 2.5
 
 
-def main(arguments: list[str] | None = None) -> int:
+def arguments_of() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipeline", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    params = commands.add_parser("params", help="parameters: what they are, where they come from, how files differ")
+    actions = params.add_subparsers(dest="action", required=True)
+    show = actions.add_parser("show", help="every value with its origin, and what it means")
+    show.add_argument("key", nargs="?", help="of one parameter, or of all below it, as train.c2i.fit")
+    show.add_argument("--file", type=Path, default=PARAMS, help=f"{PARAMS}, or a preset")
+    diff = actions.add_parser("diff", help="the values in which two files differ, defaults included")
+    diff.add_argument("one", type=Path)
+    diff.add_argument("other", type=Path)
+    actions.add_parser("schema", help="a JSON Schema of the file, for editors")
+    migrate = actions.add_parser("migrate", help="a file of an earlier version in today's form")
+    migrate.add_argument("file", type=Path)
+    migrate.add_argument("--write", action="store_true", help="rewrite the file; otherwise the new one is printed")
+    commands.add_parser("check", help="outputs that were made under other versions than those installed")
+    commands.add_parser("adopt", help="keep the outputs of an earlier version")
     estimate = commands.add_parser("estimate", help="operations, memory, hours and dollars of trainings and samplings")
     estimate.add_argument("keys", nargs="*", metavar="KEY", help="train.KEY or sample.KEY of params.yaml; none: all")
     estimate.add_argument("--gpus", type=int, help="of all nodes together; left out: the workers of the cluster file")
@@ -23,24 +47,66 @@ def main(arguments: list[str] | None = None) -> int:
                           help=f"share of that which is reached; {UTILISATION:g}: see benchmarks/README.md")
     estimate.add_argument("--memory", type=float, default=MEMORY, help=f"GB of a GPU; {MEMORY:g} is an H100's")
     estimate.add_argument("--price", type=float, default=PRICE, help=f"dollars an hour for a GPU; {PRICE:g} is a guess")
-    args = parser.parse_args(arguments)
-    try:
-        for name, value in (("gpus", args.gpus), ("tflops", args.tflops), ("memory", args.memory),
-                            ("price", args.price)):
-            require(value is None or value > 0, f"--{name} {value}: must be more than 0")
-        require(0 < args.utilisation <= 1, f"--utilisation {args.utilisation}: must be in (0, 1]")
-        whole, cluster = read_params(), read_cluster()
-        from pipeline.estimate import report  # imports torch: what is above is checked before
-        from pixelgen.estimate import USABLE
+    return parser
 
-        for line in report(whole, args.keys, args.gpus or cluster.actors, cluster.memory, USABLE * args.memory * 1e9,
-                           args.tflops * 1e12 * args.utilisation, args.price):
+
+def main(arguments: list[str] | None = None) -> int:
+    args = arguments_of().parse_args(arguments)
+    try:
+        for line in COMMANDS[args.command](args):
             print(line, flush=True)
     except UserError as error:
         print(f"{args.command}: {error}", file=sys.stderr)
         return 1
     return 0
 
+
+def params(args: argparse.Namespace) -> Iterable[str]:
+    if args.action == "show":
+        return describe.show(args.file, args.key)
+    if args.action == "diff":
+        return describe.diff(args.one, args.other)
+    if args.action == "schema":
+        return [json.dumps(describe.schema(), indent=2)]
+    try:
+        new = older.migrated(args.file, Params)
+    except (OSError, YAMLError) as error:
+        raise ConfigError(f"{args.file}: {error}") from error
+    if not args.write:
+        return new.splitlines()
+    write_atomic(args.file, new.encode())
+    return [f"{args.file} is rewritten: {len(new.splitlines())} lines"]
+
+
+def check(_: argparse.Namespace) -> Iterable[str]:
+    """A line for each output, with what was installed otherwise when it was made."""
+    now = versions()
+    for path in sorted(OUT.rglob(MANIFEST)):
+        then = read_manifest(path.parent, None).get("versions", {})
+        if changed := [f"{name} {then.get(name)}, now {now[name]}" for name in now if then.get(name) != now[name]]:
+            yield f"{path.parent}: {'; '.join(changed)}"
+
+
+def adopt(_: argparse.Namespace) -> Iterable[str]:
+    read_params()  # a mistake there comes first
+    yield from older.adopt()
+    resolve()
+    yield "now run `dvc commit --force`, which takes them up as they are"
+
+
+def estimate(args: argparse.Namespace) -> Iterable[str]:
+    for name, value in (("gpus", args.gpus), ("tflops", args.tflops), ("memory", args.memory), ("price", args.price)):
+        require(value is None or value > 0, f"--{name} {value}: must be more than 0")
+    require(0 < args.utilisation <= 1, f"--utilisation {args.utilisation}: must be in (0, 1]")
+    whole, cluster = read_params(), read_cluster()
+    from pipeline.estimate import report  # imports torch: what is above is checked before
+    from pixelgen.estimate import USABLE
+
+    return report(whole, args.keys, args.gpus or cluster.actors, cluster.memory, USABLE * args.memory * 1e9,
+                  args.tflops * 1e12 * args.utilisation, args.price)
+
+
+COMMANDS = {"params": params, "check": check, "adopt": adopt, "estimate": estimate}
 
 if __name__ == "__main__":
     sys.exit(main())

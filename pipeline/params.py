@@ -1,7 +1,9 @@
 """The only reader of params.yaml: strict, typed, and quick to fail.
 
-`python -m pipeline.params` checks the file; the first stage of the DAG does just that, so that a mistake stops
-`dvc repro` before any work. Nothing heavy is imported here.
+The file says what differs from the defaults, which stand here and in `pixelgen.config`. `python -m pipeline.params`,
+the first stage of the DAG, checks it and writes the whole to out/params.json, which the other stages read. Each of them
+depends on its own section. So a mistake stops `dvc repro` before any work, and only what has another value runs again.
+Nothing heavy is imported here.
 """
 
 import dataclasses
@@ -14,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from pipeline.code import digests
+from pipeline.older import check_form, refuse_older_outputs
 from pipeline.store import valid_root
 from pixelgen.config import (
     ConfigError,
@@ -22,10 +26,13 @@ from pixelgen.config import (
     load,
     require,
 )
+from pixelgen.errors import UserError
+from pixelgen.manifest import IDENTITY
 from pixelgen.prompts import check_layout
 from pixelgen.recipe import Recipe, read_yaml
+from pixelgen.store import write_atomic
 
-PARAMS, OK = Path("params.yaml"), Path("out/params.ok")
+PARAMS, RESOLVED, CODE = Path("params.yaml"), Path("out/params.json"), Path("out/code.json")
 NONE = "none"  # in a parameter that names the instance of another stage: there is none
 NOTHING = [Path("out/train") / NONE / "model",  # and the report reads folders of sections that may be empty
            *(Path("out") / section / NONE for section in ("reference", "prompts", "sample", "evaluate"))]
@@ -36,10 +43,12 @@ T = TypeVar("T")
 class WeightsParams:
     """The frozen networks: of the losses and of the evaluation."""
 
-    source: Literal["demo", "published"]  # demo: small stand-ins of the same classes, made here
-    networks: tuple[Literal["dino", "lpips", "text", "inception", "mask2former", "clip", "digits"], ...]
-    directory: str | None  # published: folder that already holds the files; null: download them
-    seed: int  # demo: of the stand-ins' training
+    source: Literal["demo", "published"] = "published"  # demo: small stand-ins of the same classes, made here
+    # published: dino, lpips, text, inception, mask2former, clip; demo: dino, lpips, text, digits
+    networks: tuple[Literal["dino", "lpips", "text", "inception", "mask2former", "clip", "digits"], ...] = (
+        "dino", "lpips", "inception")
+    directory: str | None = None  # published: folder where the files lie, as dino/model.safetensors; null: download
+    seed: int = 0  # demo: of the stand-ins' training
 
     def __post_init__(self) -> None:
         require(self.source == "published" or self.directory is None,
@@ -53,7 +62,7 @@ class WeightsParams:
 class StorageParams:
     """Where artifacts and resumable state lie."""
 
-    root: str | None  # s3://bucket/prefix; null: in the workspace, under out/ and runs/
+    root: str | None = None  # s3://bucket/prefix; null: in the workspace, under out/ and runs/
 
     def __post_init__(self) -> None:
         require(self.root is None or valid_root(self.root), f"root {self.root!r} must be s3://bucket/prefix (letters, "
@@ -67,10 +76,12 @@ LABELLED = ("digits", "image_folder")  # the other formats bring captions
 class SourceParams:
     """Where the images of a dataset come from, and which captions with them."""
 
+    # labels: digits (scikit-learn's), image_folder (a folder for each class); captions: scenes (rendered), webdataset
+    # (.tar), parquet, text_folder (.txt beside images)
     format: Literal["digits", "image_folder", "scenes", "webdataset", "parquet", "text_folder"]
-    path: str | None  # folder of the images or containers; digits and scenes are made here
-    captions: dict[str, float] | None  # columns of captions -> how often, relatively, each is drawn in training
-    image: str | None  # column (parquet) or member (webdataset) of the image
+    path: str | None = None  # folder of the images or containers; digits and scenes are made here
+    captions: dict[str, float] | None = None  # {column: weight, …}: how often, relatively, each is drawn in training
+    image: str | None = None  # column (parquet) or member (webdataset) of the image
     count: int | None = None  # scenes: how many are rendered
     clutter: float | None = None  # scenes: share of them that show one thing more than their captions say
 
@@ -102,14 +113,14 @@ class DatasetParams:
     """Sources of images, all labelled or all captioned, and how they are cut into shards."""
 
     sources: dict[str, SourceParams]  # mixed in training; labelled data has exactly one
-    image_sizes: tuple[int, ...]  # pixels on a side, ascending: each image is stored at the largest that it reaches
-    crop: Literal["adm", "plain"]  # adm: ADM's resize and centre crop; plain: bilinear to the short side, centre crop
-    encoding: Literal["png", "jpeg"]  # jpeg: quality 95, 4:4:4, for what would take many terabytes as PNG
-    rows_per_shard: int  # at most; a task also holds about one shard of each size in memory
-    heldout: float | None  # share of the images kept from training; digits brings its own split
-    max_quarantined: float  # largest share of unusable images; more of them stop the stage
-    max_megapixels: float  # images of more pixels are quarantined unread (decompression bombs)
-    seed: int  # of the order of images in the shards
+    image_sizes: tuple[int, ...] = (256,)  # pixels on a side, ascending: an image is stored at the largest it reaches
+    crop: Literal["adm", "plain"] = "adm"  # ADM's resize and centre crop | bilinear to the short side, centre crop
+    encoding: Literal["png", "jpeg"] = "png"  # jpeg: quality 95, 4:4:4, for what would take many terabytes as PNG
+    rows_per_shard: int = 1024  # at most; a task also holds about one shard of each size in memory
+    heldout: float = 0.0  # share of the images kept from training; digits have a split of their own
+    max_quarantined: float = 0.001  # largest share of unusable images; more of them stop the stage
+    max_megapixels: float = 64.0  # images of more pixels are quarantined unread (decompression bombs)
+    seed: int = 0  # of the order of images in the shards
 
     def __post_init__(self) -> None:
         require(bool(self.sources), "sources: at least one is needed")
@@ -126,11 +137,9 @@ class DatasetParams:
         if self.labelled:
             require(len(formats) == 1, "sources: labelled data has exactly one; labels of several would be mixed up")
             require(len(self.image_sizes) == 1, "image_sizes: labelled data has exactly one")
-        if formats == ["digits"]:
-            require(self.heldout is None, "heldout: digits come with their own split: set it to null")
-        else:
-            require(self.heldout is not None and 0 <= self.heldout < 1, f"heldout {self.heldout} must lie in [0, 1): "
-                    f"{formats[0]} needs the share of held-out images")
+        require(0 <= self.heldout < 1, f"heldout {self.heldout} must lie in [0, 1)")
+        require(self.heldout == 0 or formats != ["digits"], f"heldout {self.heldout}: digits come with their own "
+                "split: leave it out")
 
     @property
     def labelled(self) -> bool:
@@ -142,22 +151,22 @@ class DatasetParams:
 class ReferenceParams:
     """The statistics that samples are compared with: of a dataset's training split, or a published file."""
 
-    dataset: str
-    extractor: Literal["digits", "inception"]
-    npz: str | None  # a reference batch in ADM's layout to use as it is; null: compute it from the shards
-    images: int  # how many images to keep for precision and recall
-    batch_size: int
+    dataset: str  # a key of datasets
+    extractor: Literal["digits", "inception"] = "inception"  # digits: the demo's classifier; inception: FID's
+    npz: str | None = None  # a reference batch in ADM's layout to use as it is; null: compute it from the shards
+    images: int = 10_000  # kept for precision and recall (all, if there are fewer)
+    batch_size: int = 128  # images at a time
 
     def __post_init__(self) -> None:
         require(self.images >= 4 and self.batch_size >= 1, "images must be at least 4 and batch_size at least 1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainParams(Recipe):
     """A recipe, and what it is used on."""
 
-    dataset: str
-    init: str  # a key of train, whose weights and averaged weights training starts from; none: fresh ones
+    dataset: str  # a key of datasets
+    init: str  # a key of train, from whose weights and averaged weights training starts; none: fresh ones
 
 
 @dataclass(frozen=True)
@@ -165,7 +174,7 @@ class PromptsParams:
     """A list of prompts to draw."""
 
     source: Literal["scenes", "file"]  # scenes: those that the demo's training leaves out
-    path: str | None  # file: GenEval's metadata.jsonl, one prompt a line, or a folder of text files; or its URL
+    path: str | None = None  # file: GenEval's metadata.jsonl, one prompt a line, or a folder of texts; or its URL
 
     def __post_init__(self) -> None:
         require((self.path is None) == (self.source == "scenes"),
@@ -174,17 +183,19 @@ class PromptsParams:
 
 @dataclass(frozen=True)
 class SampleParams:
+    """Images to draw with a trained model."""
+
     model: str  # a key of train
-    weights: Literal["ema", "raw"]
-    sampler: SamplerConfig
     prompts: str  # a key of prompts; none: every class
-    layout: Literal["npz", "geneval", "dpg"]  # npz: of classes; the others: folders that the benchmarks read
-    per_prompt: int  # images of each prompt, or of each class
-    negative: str  # prompt that guidance leads away from
-    seed: int  # image i has the seed SEED + i
-    part_size: int  # images in one unit of work and of resumption; no result depends on it
-    precision: Literal["fp32", "bf16"]
-    compile: bool
+    weights: Literal["ema", "raw"] = "ema"  # averaged, or as trained
+    sampler: SamplerConfig = SamplerConfig()
+    layout: Literal["npz", "geneval", "dpg"] = "npz"  # npz: of classes; the others: folders that the benchmarks read
+    per_prompt: int = 50  # images of each prompt, or of each class
+    negative: str = ""  # prompt that guidance leads away from
+    seed: int = 0  # image i has the seed SEED + i
+    part_size: int = 256  # images in one unit of work and of resumption; no result depends on it
+    precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast
+    compile: bool = True  # torch.compile
 
     def __post_init__(self) -> None:
         require(self.per_prompt >= 1 and self.part_size >= 1, "per_prompt and part_size must be at least 1")
@@ -197,12 +208,14 @@ class SampleParams:
 
 @dataclass(frozen=True)
 class EvaluateParams:
+    """Samples to score."""
+
     metric: Literal["fid", "geneval"]  # fid: the ADM suite
     sample: str  # a key of sample
     reference: str  # fid: a key of reference; geneval: none
-    detector: Literal["mask2former", "geometric"] | None  # geneval: what finds objects; geometric: the demo's
-    batch_size: int  # images at a time; of geneval: in one unit of work and of resumption
-    baselines: bool  # also score real images and an untrained model
+    detector: Literal["mask2former", "geometric"] | None = None  # geneval: what finds objects; geometric: the demo's
+    batch_size: int = 128  # images at a time; of geneval: in one unit of work and of resumption
+    baselines: bool = False  # also score real images and an untrained model
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "batch_size must be at least 1")
@@ -216,14 +229,14 @@ class EvaluateParams:
 class Params:
     """params.yaml as a whole."""
 
-    storage: StorageParams
-    weights: WeightsParams
-    datasets: dict[str, DatasetParams]
-    reference: dict[str, ReferenceParams]
+    datasets: dict[str, DatasetParams]  # images in shards
+    reference: dict[str, ReferenceParams]  # what samples are compared with
     train: dict[str, TrainParams]
-    prompts: dict[str, PromptsParams]
+    prompts: dict[str, PromptsParams]  # what to draw, where it is not every class
     sample: dict[str, SampleParams]
     evaluate: dict[str, EvaluateParams]
+    weights: WeightsParams = WeightsParams()
+    storage: StorageParams = StorageParams()
 
     def __post_init__(self) -> None:
         for section in ("reference", "train", "prompts", "sample", "evaluate"):
@@ -299,8 +312,26 @@ class Params:
 
 
 def read_params(path: Path = PARAMS) -> Params:
-    """The whole of params.yaml, checked. ConfigError names the key, the value and the valid choices."""
-    return load(Params, read_yaml(path))
+    """The whole of a params.yaml, checked. ConfigError names the key, the value and the valid choices."""
+    data = read_yaml(path)
+    check_form(data, path)
+    return load(Params, data)
+
+
+def resolved_params() -> Params:
+    """What the first stage has written: the parameters of this run, whatever params.yaml says by now, of which the user
+    is told. ConfigError if there are none yet."""
+    if not RESOLVED.is_file():
+        raise ConfigError(f"{RESOLVED} is missing: run `dvc repro params` first")
+    resolved = load(Params, json.loads(RESOLVED.read_bytes()))
+    try:
+        changed = read_params() != resolved
+    except ConfigError:
+        changed = True
+    if changed:
+        print(f"{PARAMS} has changed since this run began, which keeps to {RESOLVED}; `dvc repro` takes up the change "
+              "afterwards", file=sys.stderr)
+    return resolved
 
 
 def stage_params(section: dict[str, T], key: str, stage: str) -> T:
@@ -323,17 +354,24 @@ def write_nothing() -> None:
     the report finds where there is no other."""
     for path in NOTHING:
         path.mkdir(parents=True, exist_ok=True)
-        (path / "README").write_text("nothing: the instance that a parameter of `none` names\n")
+        (path / IDENTITY).write_text("nothing: the instance that a parameter of `none` names\n")
+
+
+def resolve() -> None:
+    """Check params.yaml and write what the other stages depend on. ConfigError, before anything is written."""
+    whole = dataclasses.asdict(read_params())
+    write_nothing()
+    for path, found in (RESOLVED, whole), (CODE, digests()):
+        write_atomic(path, (json.dumps(found, indent=1) + "\n").encode())
 
 
 def main() -> int:
     try:
-        read_params()
-    except ConfigError as error:
+        refuse_older_outputs()
+        resolve()
+    except UserError as error:
         print(f"{PARAMS}: {error}", file=sys.stderr)
         return 1
-    write_nothing()
-    OK.write_text("params.yaml is valid\n")  # always the same, so that what depends on it is not rerun
     return 0
 
 

@@ -1,11 +1,12 @@
 """Run directories: state that outlives a crash, outside DVC's outs (which DVC deletes before every run).
 
-`runs/<stage>@<key>/<fingerprint>`: the fingerprint covers parameters, inputs and code, so that a changed run starts
-afresh and an interrupted one goes on where it was.
+`runs/<stage>/<fingerprint>`: the fingerprint covers parameters, inputs and code by their meaning, so that a run that
+means something else starts afresh, and an interrupted one, or one under another name, goes on where it was.
 """
 
 import contextlib
-import hashlib
+import json
+import math
 import os
 import signal
 import sys
@@ -13,46 +14,48 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import psutil
 
+from pipeline.checkout import runs
+from pipeline.code import digest
 from pipeline.params import fingerprint
+from pipeline.storage import versions, write_json
 from pixelgen.errors import StorageError, UserError
 from pixelgen.files import try_lock
-from pixelgen.manifest import sha256
-from pixelgen.recipe import read_yaml
 from pixelgen.store import on_disk
 
-RUNS = Path("runs")
+VERSIONS = "versions.json"  # in a run directory: those that it was begun under
 
 
-def run_directory(stage: str, key: str, *parts: Any) -> Path:
-    """The directory of `stage@key` for these parameters and inputs, and for the code that dvc.yaml lists."""
-    path = RUNS / f"{stage}@{key}" / fingerprint([*parts, code_hash(stage)])
+def run_path(stage: str, *parts: Any) -> Path:
+    """Where the run of a stage with these parameters and inputs lies, and with today's code."""
+    return runs() / stage / fingerprint([*parts, digest(stage)])
+
+
+def run_directory(stage: str, *parts: Any) -> Path:
+    """The directory of `run_path`, made if need be. Where it was begun under other versions, the user is told."""
+    path, now = run_path(stage, *parts), versions()
     path.mkdir(parents=True, exist_ok=True)
+    if not (path / VERSIONS).exists():
+        write_json(path / VERSIONS, now)
+    then = json.loads((path / VERSIONS).read_bytes())
+    if changed := [f"{name} {then.get(name)}, now {now[name]}" for name in now if then.get(name) != now[name]]:
+        print(f"{path} was begun under {'; '.join(changed)}: what comes may differ by rounding", file=sys.stderr)
     return path
 
 
-def code_hash(stage: str) -> str:
-    """Hash of the Python files among the stage's deps in dvc.yaml, the one list of what a stage is made of."""
-    described = read_yaml(Path("dvc.yaml"))["stages"][stage]
-    deps = described.get("do", described)["deps"]
-    digest = hashlib.sha256()
-    for root in sorted(Path(d) for d in deps if str(d).startswith(("pixelgen", "pipeline"))):
-        for path in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
-            digest.update(f"{path} {sha256(path)}\n".encode())
-    return digest.hexdigest()
-
-
 @contextlib.contextmanager
-def lease(path: Path, patience: float) -> Iterator[None]:
+def lease(path: Path, patience: float = math.inf) -> Iterator[None]:
     """Hold `path` for this process alone; the kernel lets go when the process dies, however it dies.
 
-    A stage whose dvc was killed runs on as an orphan: it is stopped, and this one takes over. Anyone else who holds
-    the lease for longer than `patience` seconds makes this a StorageError.
+    A stage whose dvc was killed runs on as an orphan: it is stopped, and this one takes over. For anyone else who holds
+    it, an experiment in the queue for one, this process waits, and says so; after `patience` seconds that is a
+    StorageError.
     """
-    deadline = time.monotonic() + patience
+    began, told = time.monotonic(), False
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:
         while not try_lock(file):
             file.seek(0)
@@ -61,14 +64,30 @@ def lease(path: Path, patience: float) -> Iterator[None]:
             if holder and supervisor and not _alive(supervisor):
                 print(f"stopping process {holder.pid}, left over from an interrupted run", file=sys.stderr)
                 _stop(holder)
-            elif time.monotonic() > deadline:
+            elif time.monotonic() > began + patience:
                 raise StorageError(f"{path.parent} is in use by process {' '.join(noted[:1])}: wait for it, or stop "
                                    "it, and try again")
+            elif not told and time.monotonic() > began + 5:
+                print(f"waiting for process {' '.join(noted[:1])}, which is at the same work in {path.parent}",
+                      file=sys.stderr, flush=True)
+                told = True
             time.sleep(0.2)
+        if not _lies_at(path, file):  # whoever held it has finished, and cleared the folder away
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with lease(path, patience):
+                yield
+            return
         file.truncate(0)
         file.write(" ".join([*_named(psutil.Process()), *_supervisor()]))
         file.flush()
         yield
+
+
+def _lies_at(path: Path, file: IO[str]) -> bool:
+    """Whether an open file is still the one of that name."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
 
 
 def in_use(directory: Path) -> bool:

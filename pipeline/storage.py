@@ -2,6 +2,8 @@
 
 A directory without a manifest is not finished. The manifest lists every file with size and sha256, the counts, the
 resolved configuration, and where it was made; it holds no time or host name, so that equal work gives equal bytes.
+Beside it lies the file `identity`, a hash of its kind, files and facts: stages depend on that of what they read, so
+that none runs again because its input was made again, the same, under other versions or from another configuration.
 
 With `storage.root: null` the files lie beside the manifest, where DVC looks after them. With `s3://bucket/prefix` they
 lie there under their sha256, `objects/12/12ab…`, whoever wrote them, and only the manifest is left in the directory: no
@@ -24,14 +26,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.checkout import runs
 from pipeline.store import open_store, preflight
 from pixelgen.errors import StorageError
 from pixelgen.files import read_range
 from pixelgen.manifest import (
+    IDENTITY,
     MANIFEST,
     Entry,
     check_file,
     describe,
+    identity,
     intact,
     one_at_a_time,
     read_manifest,
@@ -43,7 +48,7 @@ if TYPE_CHECKING:
     from pixelgen.data.shards import Split
 
 MANIFESTS, OBJECTS = "manifests", "objects"  # under the root
-CACHE = Path("runs/cache")  # of this machine: files of artifacts that lie under a root; may be deleted at any time
+CACHE = "cache"  # in the folder of runs: files of artifacts that lie under a root; may be deleted at any time
 TRANSFERS = 8  # at a time
 LEAST_FREE = 0.5e9  # bytes of the working directory's disk; stages that know what they need ask for that
 LISTED = 100  # files from which on one listing of what is there takes the place of a question for each
@@ -61,6 +66,11 @@ def fresh_directory(path: Path) -> Path:
     return path
 
 
+def run_name(directory: Path) -> str:
+    """What a run directory is called in manifests and under a root: runs/stage/fingerprint."""
+    return "/".join(directory.parts[-3:])
+
+
 def object_name(digest: str) -> str:
     return f"{OBJECTS}/{digest[:2]}/{digest}"
 
@@ -75,7 +85,8 @@ class Storage:
         """Write the manifest of everything in `directory`; under a root, after the files have arrived there, and
         nothing but the manifest stays. `stored`: files that `keep` has stored already. `facts`: counts and other
         results worth keeping."""
-        here = [p for p in sorted(directory.rglob("*")) if p.is_file() and p != directory / MANIFEST]
+        own = (directory / MANIFEST, directory / IDENTITY)
+        here = [p for p in sorted(directory.rglob("*")) if p.is_file() and p not in own]
         files = {entry["path"]: entry for entry in stored}
         files |= {entry["path"]: entry for entry in (describe(p, p.relative_to(directory).as_posix()) for p in here)}
         if changed := [entry["path"] for entry in stored if files[entry["path"]] != entry]:
@@ -83,7 +94,7 @@ class Storage:
         manifest = {
             "kind": kind, **facts, "root": self.root, "files": sorted(files.values(), key=lambda f: str(f["path"])),
             "config": dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config,  # type: ignore
-            "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},
+            "versions": versions(),
             "hardware": hardware(),
         }
         if self.root:
@@ -96,6 +107,7 @@ class Storage:
             store.write(f"{MANIFESTS}/{kind}-{hashlib.sha256(text).hexdigest()}.json", text)
             for path in directory.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_atomic(directory / IDENTITY, (identity(manifest) + "\n").encode())
         write_json(directory / MANIFEST, manifest)
 
     def keep(self, directory: Path, name: str, data: bytes) -> Entry:
@@ -134,13 +146,13 @@ class Storage:
             raise StorageError(f"{directory / MANIFEST} says that its files are under {manifest['root']!r}, but "
                                f"storage.root is {self.root!r}: set it to that, or delete {directory} and run "
                                "`dvc repro`")
-        return Artifact(directory.absolute(), manifest, sha256(directory / MANIFEST))
+        return Artifact(directory.absolute(), manifest, identity(manifest))
 
     def run(self, directory: Path) -> Store:
         """Where what a run directory has to share between machines and to keep goes: into it, or under the root."""
         if self.root is None:
             return LocalStore(directory.absolute())
-        return open_store("/".join([self.root, *directory.parts[-3:]]))  # runs/stage@key/fingerprint
+        return open_store(f"{self.root}/{run_name(directory)}")
 
     def check(self) -> None:
         """StorageError, before any work, if nothing can be stored: too little room here, or a root out of reach."""
@@ -157,7 +169,7 @@ class Artifact:
 
     directory: Path  # with the manifest, and without a root also the files
     manifest: dict[str, Any]
-    identity: str  # sha256 of the manifest
+    identity: str  # see pixelgen.manifest.identity
 
     def __getitem__(self, fact: str) -> Any:
         return self.manifest[fact]
@@ -165,6 +177,10 @@ class Artifact:
     def file(self, entry: Mapping[str, Any]) -> "StoredFile":
         root = self.manifest["root"]
         return StoredFile(f"{root}/{object_name(entry['sha256'])}" if root else str(self.directory / entry["path"]))
+
+    def part(self, *folders: str) -> list[str]:
+        """What identifies the files in some of its folders."""
+        return [f"{f['path']} {f['sha256']}" for f in self.manifest["files"] if f["path"].split("/")[0] in folders]
 
     def split(self, name: str, source: str | None = None, size: int | None = None) -> "Split":
         """A split of a dataset, as `pixelgen.data.shards.open_split` finds it."""
@@ -183,7 +199,7 @@ class Artifact:
             for entry in files:
                 check_file(self.directory, entry)
             return self.directory
-        folder = CACHE.absolute() / self.identity
+        folder = runs().absolute() / CACHE / self.identity
         folder.mkdir(parents=True, exist_ok=True)
         store = open_store(root)
 
@@ -248,6 +264,11 @@ class StoredFile:
             return read_range(Path(self.location), start, stop)
         root, _, name = self.location.rpartition(f"/{OBJECTS}/")
         return open_store(root).read(f"{OBJECTS}/{name}", start, stop)
+
+
+def versions() -> dict[str, str]:
+    """Of what computes here: recorded, and never a reason to make anything again."""
+    return {name: version(name) for name in VERSIONS} | {"python": platform.python_version()}
 
 
 def hardware() -> dict[str, Any]:

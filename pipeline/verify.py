@@ -22,9 +22,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pipeline.checkout import runs
 from pipeline.params import read_params
-from pipeline.runs import RUNS, in_use
-from pipeline.storage import MANIFESTS, OBJECTS, Storage, StoredFile, object_name
+from pipeline.runs import in_use
+from pipeline.storage import CACHE, MANIFESTS, OBJECTS, Storage, StoredFile, object_name
 from pipeline.store import S3Store, open_store
 from pixelgen.errors import StorageError, UserError
 from pixelgen.manifest import MANIFEST
@@ -129,8 +130,8 @@ def orphans(storage: Storage) -> dict[str, Orphan]:
     Manifests are read last: what a stage finishes meanwhile is in one of them.
     """
     found, kept = dict[str, Orphan](), set[str]()
-    for folder in sorted(RUNS.glob("*@*/*")):
-        if folder.is_dir() and not in_use(folder) and not in_use(folder.parent):
+    for folder in sorted(runs().glob("*/*")):
+        if folder.is_dir() and folder.parent.name != CACHE and not in_use(folder):
             touched = latest(p.stat().st_mtime for p in [folder, *folder.rglob("*")])
             found[folder.as_posix()] = Orphan(touched, partial(shutil.rmtree, folder))
     if storage.root:
@@ -138,7 +139,7 @@ def orphans(storage: Storage) -> dict[str, Orphan]:
         assert isinstance(store, S3Store)
         states: dict[str, list[datetime.datetime]] = {}
         for name, (_, touched) in store.listing("runs/").items():
-            if run := re.match(r"runs/[^/]+@[^/]+/[0-9a-f]{16}(?=/)", name):  # others make markers of folders: runs/
+            if run := re.match(r"runs/[^/]+/[0-9a-f]{16}(?=/)", name):  # others make markers of folders: runs/
                 states.setdefault(run[0], []).append(touched)
             if "/reports/" in name:  # of a shard stage at work: shards have arrived, their manifest has not
                 with contextlib.suppress(FileNotFoundError):  # it ends just now

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from pixelgen.config import ConfigError, DenoiserConfig, TextDenoiserConfig, choose, load
 from pixelgen.errors import CheckpointError
 from pixelgen.files import atomic
-from pixelgen.models import KINDS, SIZES, build_denoiser
+from pixelgen.models import KINDS, SIZES, build_denoiser, hidden_width
 from pixelgen.models.jit import JiT
 from pixelgen.models.jit_t2i import JiTText
 from pixelgen.tensors import check_state, read_pickle, read_safetensors
-from pixelgen.train import TrainState
+
+if TYPE_CHECKING:  # whoever draws from a model has nothing to do with its training
+    from pixelgen.train import TrainState
 
 Weights = dict[str, Tensor]
 Config = DenoiserConfig | TextDenoiserConfig
@@ -35,7 +37,7 @@ def save_state(content: Mapping[str, Any], path: Path) -> None:
         torch.save(content, file)
 
 
-def load_state(state: TrainState, path: Path) -> None:
+def load_state(state: "TrainState", path: Path) -> None:
     """Fill `state` from the file; any missing, extra or misshaped entry is an error."""
     content = read_state(path)
     expected = state.state_dict().keys()
@@ -99,13 +101,13 @@ def check_claims(config: Config, file: Path) -> None:
     would not fit into memory."""
     sizes = [size for size in dataclasses.astuple(config) if isinstance(size, int)]
     grid = config.image_size // config.patch_size
-    inside = (config.width + config.hidden) * config.depth
+    inside = (config.width + hidden_width(config)) * config.depth
     least = 4 * config.width * (grid**2 + inside + sum(sizes) - config.image_size)
     if file.is_file() and least > file.stat().st_size:
         raise CheckpointError(f"{file}: too small for the model that {file.parent / 'config.json'} describes")
 
 
-def start_from(state: TrainState, directory: Path) -> None:
+def start_from(state: "TrainState", directory: Path) -> None:
     """Begin training where the exported model of `directory` ended: its weights, averaged weights and REPA head.
 
     The optimizer stays fresh. The position table is kept as it is built for the image size of `state`; whatever
@@ -218,4 +220,4 @@ def with_hidden(hidden: int, config: Config) -> Config:
     the fraction with the smallest denominator, which finds 4, 3 or 2.5 again. ConfigError if `hidden` is 0."""
     least = Fraction(hidden, config.width) / (Fraction(2, 3) if isinstance(config, DenoiserConfig) else 1)
     fractions = (dataclasses.replace(config, mlp_ratio=math.ceil(least * q) / q) for q in itertools.count(1))
-    return next(c for c in fractions if c.hidden == hidden)
+    return next(c for c in fractions if hidden_width(c) == hidden)

@@ -1,13 +1,17 @@
 """Typed configuration: frozen dataclasses and the strict loader that fills them from plain data.
 
 The dataclasses of the whole library stand here, and this file imports nothing heavy, so that a mistake in a
-parameter file is reported before torch is even loaded. `load` accepts exactly the fields of the dataclass: an
-unknown key, a missing key or a value of another type is a `ConfigError` that names the key and what is valid.
-Checks that involve several fields are in `__post_init__`, next to the fields.
+parameter file is reported before torch is even loaded. Their defaults are the settings of XL/16 on ImageNet; a file
+says what differs. `load` accepts no other keys than the fields of the dataclass: an unknown key, a missing one that has
+no default, or a value of another type is a `ConfigError` that names the key and what is valid. Checks that involve
+several fields are in `__post_init__`, next to the fields. The comment behind a field is its documentation: `comments`
+reads it for those who print parameters.
 """
 
 import dataclasses
 import difflib
+import functools
+import inspect
 import math
 import re
 import types
@@ -40,16 +44,33 @@ def choose(value: str, valid: Sequence[str], what: str) -> str:
 
 
 def load(cls: type[T], data: Any, where: str = "") -> T:
-    """Build dataclass `cls` from nested mappings. `where` is the dotted path used in error messages."""
+    """Build dataclass `cls` from nested mappings, with its defaults where they say nothing. `where` is the dotted path
+    used in error messages."""
     return _convert(cls, data, where)
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+@functools.cache
+def comments(cls: type) -> dict[str, str]:
+    """What the source of a dataclass says of its fields: the comment behind each, or in the lines before it."""
+    found, above = dict[str, str](), list[str]()
+    for line in inspect.getsource(cls).splitlines():
+        field = re.match(r"    (\w+): .*?(?:  # (.*))?$", line)
+        if comment := re.match(r"    # (.*)$", line):
+            above.append(comment[1])
+            continue
+        if field and (said := field[2] or " ".join(above)):
+            found[field[1]] = said
+        above = []
+    inherited = [comments(base) for base in reversed(cls.__mro__[1:]) if dataclasses.is_dataclass(base)]
+    return {name: said for known in (*inherited, found) for name, said in known.items()}
+
+
+def _convert(hint: Any, value: Any, where: str, default: Any = dataclasses.MISSING) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if isinstance(value, int) and abs(value) >= 2**63:
         raise ConfigError(f"{where}: the number does not fit into 64 bits")
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return _build(hint, value, where)
+        return _build(hint, value, where, default)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
@@ -76,16 +97,21 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _build(cls: type[T], data: Any, where: str) -> T:
+def _build(cls: type[T], data: Any, where: str, default: Any) -> T:
+    """`default`: an instance whose values stand for those that `data` does not give; MISSING: those of the class."""
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where or cls.__name__}: expected a mapping, got {data!r}")
     hints = get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in data:
-        choose(key, names, f"{where or 'top level'}: key")
-    if missing := [n for n in names if n not in data]:
-        raise ConfigError(f"{where or 'top level'}: missing key {', '.join(missing)}; needed: {', '.join(names)}")
-    values = {n: _convert(hints[n], data[n], _join(where, n)) for n in names}
+        choose(key, [*fields], f"{where or 'top level'}: key")
+    defaults = {name: field.default if default is dataclasses.MISSING else getattr(default, name)
+                for name, field in fields.items()}
+    if missing := [n for n in fields if n not in data and defaults[n] is dataclasses.MISSING]:
+        needed = [n for n in fields if defaults[n] is dataclasses.MISSING]
+        raise ConfigError(f"{where or 'top level'}: missing key {', '.join(missing)}; needed: {', '.join(needed)}")
+    values = {n: _convert(hints[n], data[n], _join(where, n), defaults[n]) if n in data else defaults[n]
+              for n in fields}
     try:
         return cls(**values)
     except ConfigError as error:
@@ -102,7 +128,7 @@ def _join(where: str, key: str) -> str:
 def _check_sizes(config: "DenoiserConfig | TextDenoiserConfig") -> None:
     for name in ("image_size", "patch_size", "width", "depth", "heads"):
         require(getattr(config, name) >= 1, f"{name} {getattr(config, name)} must be at least 1")
-    require(0 < config.mlp_ratio <= 100 and config.hidden >= 1,
+    require(0 < config.mlp_ratio <= 100 and config.mlp_ratio * config.width >= 1,
             f"mlp_ratio {config.mlp_ratio} must lie in (0, 100] and leave a width of {config.width} a hidden unit")
 
 
@@ -121,11 +147,6 @@ class DenoiserConfig:
     dropout: float  # in the middle half of the blocks
     num_classes: int
     mlp_ratio: float = 4.0  # hidden width of an MLP, in widths; SwiGLU, with a third matrix, has two thirds of it
-
-    @property
-    def hidden(self) -> int:
-        """Hidden width of the blocks' SwiGLU."""
-        return int(self.mlp_ratio * self.width * 2 / 3)
 
     def __post_init__(self) -> None:
         _check_sizes(self)
@@ -152,12 +173,7 @@ class TextDenoiserConfig:
     bottleneck: int  # channels between the two linear layers of the patch embedding
     text_width: int  # of the text encoder's features
     text_length: int  # tokens
-    mlp_ratio: float = 4.0  # hidden width of the blocks' SwiGLU, in widths
-
-    @property
-    def hidden(self) -> int:
-        """Hidden width of the blocks' SwiGLU: all that an MLP would have, for its third matrix nothing is taken off."""
-        return int(self.mlp_ratio * self.width)
+    mlp_ratio: float = 4.0  # hidden width of the blocks' SwiGLU, in widths; for its third matrix nothing is taken off
 
     def __post_init__(self) -> None:
         _check_sizes(self)
@@ -174,20 +190,20 @@ class TextDenoiserConfig:
 class ObjectiveConfig:
     """Weights and switches of the training objective (`pixelgen.objective`). A weight of 0 turns a term off."""
 
-    repa_weight: float = 0.5
+    repa_weight: float = 0.5  # of the alignment of tokens with DINO's; 0: off, as for each weight
     repa_block: int = 8  # the tokens entering this block are aligned with DINO's
-    repa_hidden: int | None = None  # width of the REPA head; None: the denoiser's
-    lpips_weight: float = 0.1
-    pdino_weight: float = 0.01
+    repa_hidden: int | None = None  # width of the REPA head; null: the denoiser's
+    lpips_weight: float = 0.1  # of LPIPS between prediction and image
+    pdino_weight: float = 0.01  # of the distance of their DINO features
     pdino_block: int = 11  # DINO block whose normalised patch tokens are compared
-    gate_threshold: float = 0.3  # a gated term counts samples with t >= threshold; 0 turns the gate off
-    gated: tuple[Literal["lpips", "pdino"], ...] = ("lpips",)
-    balance_start: int | None = 400_000  # optimizer step from which the perceptual weight adapts; None: never
-    balance_every: int = 50
-    condition_dropout: float = 0.1
-    time_mean: float = -0.8  # t = sigmoid(N(mean, std)), then shifted
-    time_std: float = 0.8
-    timeshift: float = 1.0
+    gate_threshold: float = 0.3  # gated terms count samples with t >= this; 0: no gate
+    gated: tuple[Literal["lpips", "pdino"], ...] = ("lpips",)  # as released; the paper's text gates pdino as well
+    balance_start: int | None = 400_000  # step from which the perceptual weight adapts; null: never
+    balance_every: int = 50  # steps between its updates
+    condition_dropout: float = 0.1  # share of samples trained without their class or prompt
+    time_mean: float = -0.8  # t = sigmoid(normal(mean, std)), then shifted
+    time_std: float = 0.8  # as time_mean
+    timeshift: float = 1.0  # above 1: more of the times close to the noise
 
     def __post_init__(self) -> None:
         for name in ("repa_weight", "lpips_weight", "pdino_weight"):
@@ -209,10 +225,10 @@ class ObjectiveConfig:
 class OptimizerConfig:
     """AdamW."""
 
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    clip: float | None = None  # largest gradient norm; None: no clipping
+    lr: float = 1e-4  # learning rate
+    betas: tuple[float, float] = (0.9, 0.999)  # of the moments of the gradient
+    weight_decay: float = 0.0  # of every parameter
+    clip: float | None = None  # largest gradient norm; null: no clipping
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"lr {self.lr} must be positive")
@@ -225,8 +241,8 @@ class OptimizerConfig:
 class CaptionConfig:
     """How a caption becomes the prompt that an image is trained with (`pixelgen.data.captions`)."""
 
-    prefix_probability: float  # of putting "A photo of" or the like before a short caption
-    short_words: int  # a caption of at most so many words is short
+    prefix_probability: float = 0.5  # of putting "A photo of" or the like before a short caption
+    short_words: int = 16  # a caption of at most this many words is short
 
     def __post_init__(self) -> None:
         require(0 <= self.prefix_probability <= 1, f"prefix_probability {self.prefix_probability} must lie in [0, 1]")
@@ -247,51 +263,6 @@ class MemoryConfig:
         require(self.recomputed_blocks >= 0, f"recomputed_blocks {self.recomputed_blocks} must not be negative")
 
 
-@dataclass(frozen=True)
-class FitConfig:
-    """The training loop (`pixelgen.train.train`).
-
-    The global batch is cut into `lanes`. A lane is the unit of everything random: its samples, its noise, its times
-    and what is dropped depend on (seed, step, lane) only, and gated losses are means over a lane. Ranks share the lanes
-    out evenly and accumulate over theirs, so the same run can go on with another number of ranks.
-    """
-
-    steps: int
-    batch_size: int
-    lanes: int
-    seed: int
-    ema_decay: float
-    precision: Literal["fp32", "bf16"]
-    compile: bool
-    checkpoint_every: int
-    keep_checkpoints: int  # the last so many
-    keep_every: int | None  # and those of every so manieth step; None: no others
-    log_every: int
-    grid_every: int | None  # steps between the sample grids; None: none
-    on_nonfinite: str  # stop, or skip(N): of the whole run at most N steps are passed over, one more stops it
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "lanes", "checkpoint_every", "keep_checkpoints", "log_every"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        require(self.batch_size % self.lanes == 0,
-                f"batch_size {self.batch_size} is not a multiple of lanes {self.lanes}")
-        require(0 <= self.ema_decay < 1, f"ema_decay {self.ema_decay} must lie in [0, 1)")
-        for name in ("keep_every", "grid_every"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} must be at least 1, or null, got {value}")
-        require(re.fullmatch(r"stop|skip\([1-9][0-9]*\)", self.on_nonfinite) is not None,
-                f"on_nonfinite {self.on_nonfinite!r}: expected stop, or skip(N) with a whole number N of at least 1")
-
-    @property
-    def may_skip(self) -> int:
-        """How many steps of the whole run may be skipped because a number is not finite."""
-        return 0 if self.on_nonfinite == "stop" else int(self.on_nonfinite[len("skip("):-1])
-
-
-# No update depends on these fields of FitConfig: a run whose params.yaml changes in nothing else goes on where it was.
-CHANGEABLE = ("checkpoint_every", "keep_checkpoints", "keep_every", "log_every", "grid_every", "on_nonfinite")
-
-
 # ------------------------------------------------------------------------------------------------ the sampler
 
 
@@ -302,12 +273,12 @@ SamplerName = Literal["euler", "heun", "adams_bashforth"]
 class SamplerConfig:
     """How an image is integrated from noise (`pixelgen.samplers`)."""
 
-    name: SamplerName = "heun"
-    steps: int = 50
+    name: SamplerName = "heun"  # euler | heun | adams_bashforth
+    steps: int = 50  # of the integration; heun calls the denoiser twice in each
     guidance: float = 1.0  # 1: conditional only
     interval: tuple[float, float] = (0.0, 1.0)  # guidance acts where interval[0] < t <= interval[1]
-    timeshift: float = 1.0
-    order: int | None = None  # of adams_bashforth, 1 to 4
+    timeshift: float = 1.0  # above 1: more of the steps close to the noise
+    order: int | None = None  # of adams_bashforth: 1 to 4
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, f"steps {self.steps} must be at least 1")
@@ -319,3 +290,58 @@ class SamplerConfig:
             require(self.order in (1, 2, 3, 4), f"order {self.order}: adams_bashforth takes 1, 2, 3 or 4")
         else:
             require(self.order is None, f"order {self.order}: only adams_bashforth has one; set it to null")
+
+
+# ------------------------------------------------------------------------------------------------ the training
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """The steps of a training (`pixelgen.train.train`): what its weights depend on.
+
+    The global batch is cut into `lanes`. A lane is the unit of everything random: its samples, its noise, its times
+    and what is dropped depend on (seed, step, lane) only, and gated losses are means over a lane. Ranks share the lanes
+    out evenly and accumulate over theirs, so the same run can go on with another number of ranks.
+    """
+
+    steps: int = 400_000  # optimizer steps; raised later, the same run goes on to them
+    batch_size: int = 256  # images a step, of all ranks together
+    lanes: int = 32  # units of randomness in a step, shared out among the ranks
+    seed: int = 0  # of weights, order, noise, times and dropout
+    ema_decay: float = 0.9999  # of the averaged weights
+    precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast
+    compile: bool = True  # torch.compile
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "lanes"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        require(self.batch_size % self.lanes == 0,
+                f"batch_size {self.batch_size} is not a multiple of lanes {self.lanes}")
+        require(0 <= self.ema_decay < 1, f"ema_decay {self.ema_decay} must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What is saved, logged and drawn while a training lasts. No weight depends on it, so all of it may change then."""
+
+    checkpoint_every: int = 5000  # steps between checkpoints
+    keep_checkpoints: int = 3  # the newest that are kept
+    keep_every: int | None = None  # also keep every Nth step's checkpoint; null: no others
+    log_every: int = 100  # steps between lines of the loss curve
+    grid_every: int | None = 10_000  # steps between sample grids; null: none
+    grid_sampler: SamplerConfig = SamplerConfig("euler", 25, 2.25, (0.1, 0.9))  # of those grids
+    on_nonfinite: str = "stop"  # stop | skip(N): pass over at most N steps of the run, stop at one more
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("keep_every", "grid_every"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} must be at least 1, or null, got {value}")
+        require(re.fullmatch(r"stop|skip\([1-9][0-9]*\)", self.on_nonfinite) is not None,
+                f"on_nonfinite {self.on_nonfinite!r}: expected stop, or skip(N) with a whole number N of at least 1")
+
+    @property
+    def may_skip(self) -> int:
+        """How many steps of the whole run may be skipped because a number is not finite."""
+        return 0 if self.on_nonfinite == "stop" else int(self.on_nonfinite[len("skip("):-1])

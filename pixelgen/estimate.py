@@ -17,6 +17,7 @@ from torch.func import functional_call
 from pixelgen.config import MemoryConfig, ObjectiveConfig, SamplerConfig
 from pixelgen.encoders.dino import Dino
 from pixelgen.encoders.lpips import Lpips
+from pixelgen.models import hidden_width
 from pixelgen.models.jit import JiT
 from pixelgen.models.jit_t2i import JiTText
 from pixelgen.objective import REFERENCE_PATCH
@@ -172,7 +173,7 @@ def kept_by_denoiser(denoiser: JiT | JiTText, recomputed: int) -> float:
     tokens = (c.image_size // c.patch_size) ** 2
     # the stream twice, in float32; in bf16 two norms, queries, keys and values before and after norm and rotation,
     # what attention and the two projections give, and three times the hidden width
-    token = c.width * (2 * 4 + 2 * (2 + 3 + 2 + 3)) + c.hidden * 2 * 3
+    token = c.width * (2 * 4 + 2 * (2 + 3 + 2 + 3)) + hidden_width(c) * 2 * 3
     if isinstance(denoiser, JiTText):
         c_text = denoiser.config
         text = c_text.text_length * (token * c_text.text_depth + c.width * 2 * 3 * c.depth)  # keys and values in each

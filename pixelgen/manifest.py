@@ -1,5 +1,5 @@
 """Manifests: what a finished directory holds, every file with its size and sha256. They are written last: a directory
-without one is not finished."""
+without one is not finished. Beside it lies its `identity`, a hash, on which the stages depend that read it."""
 
 import contextlib
 import fcntl
@@ -12,7 +12,9 @@ from typing import Any
 
 from pixelgen.errors import StorageError
 
-MANIFEST = "manifest.json"
+MANIFEST, IDENTITY = "manifest.json", "identity"
+
+PROVENANCE = ("root", "config", "versions", "hardware", "run")  # of a manifest: where and how it was made
 
 Entry = dict[str, Any]  # of a file: path in its directory, size, sha256
 
@@ -37,6 +39,13 @@ def one_at_a_time(path: Path) -> Iterator[None]:
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def identity(manifest: Mapping[str, Any]) -> str:
+    """What tells a finished output from others: a hash of its kind, its files and its facts, wherever it was made, and
+    under whichever versions."""
+    told = {name: value for name, value in manifest.items() if name not in PROVENANCE}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(directory: Path, kind: str | None) -> dict[str, Any]:

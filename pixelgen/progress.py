@@ -43,7 +43,8 @@ class Progress:
                 bar.write(notes.removeprefix(self.told), file=sys.stderr, end="")
                 self.told = notes
         try:
-            rows = list(csv.DictReader(io.StringIO(self.store.read(CURVE).decode())))
+            rows = [row for row in csv.DictReader(io.StringIO(self.store.read(CURVE).decode()))
+                    if row["step"].isdigit() and int(row["step"]) <= self.steps]
         except (FileNotFoundError, StorageError):  # not yet; what is wrong with the storage stops the ranks
             return
         if rows and None not in rows[-1].values() and int(rows[-1]["step"]) > bar.n:

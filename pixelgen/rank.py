@@ -1,7 +1,6 @@
 """What each rank of a training does: build the networks, go on from the newest checkpoint, train, record."""
 
 import contextlib
-import copy
 import dataclasses
 import gc
 import os
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pixelgen.checkpoint import export, load_state, read_state, start_from
-from pixelgen.config import DenoiserConfig, FitConfig, MemoryConfig, ObjectiveConfig, require
+from pixelgen.config import DenoiserConfig, MemoryConfig, ObjectiveConfig, require
 from pixelgen.data.executors import Executor
 from pixelgen.data.feed import Plan, Source, lane_batches
 from pixelgen.data.shards import Split, first_captions
@@ -35,7 +34,6 @@ from pixelgen.estimate import (
     peak,
     training_operations,
 )
-from pixelgen.generate import PixelGen
 from pixelgen.models.speed import compile_blocks
 from pixelgen.objective import Objective
 from pixelgen.precision import store_in_bf16
@@ -67,8 +65,8 @@ class Place:
     @property
     def done(self) -> bool:
         """Whether the last step is in an intact checkpoint."""
-        steps = self.recipe.fit.steps
-        return steps in self.checkpoints.steps() and self.checkpoints.recover() == steps
+        last = self.recipe.fit.steps
+        return last in self.checkpoints.steps() and self.checkpoints.recover(last) == last
 
     def begin(self) -> None:
         """Forget what was told of the run before; its checkpoints, which are looked at next, may have to be told of."""
@@ -80,7 +78,7 @@ class Place:
         was what ended them."""
         with contextlib.suppress(FileNotFoundError):
             raise NonFiniteError(self.store.read(FAILURE).decode())
-        steps = self.checkpoints.steps()
+        steps = self.checkpoints.steps(self.recipe.fit.steps)
         return None if self.recipe.fit.steps in steps else f"step {steps[-1]} is saved"
 
     def export(self, directory: Path) -> int:
@@ -152,8 +150,8 @@ def fit_rank(run: Training, state: TrainState, objective: Objective, text: TextE
     see `Curve`."""
     recipe = run.recipe
     if writes:
-        check_room(state, recipe.fit, run.directory)
-    newest = [run.checkpoints.recover() if writes else None]
+        check_room(state, recipe, run.directory)
+    newest = [run.checkpoints.recover(recipe.fit.steps) if writes else None]
     if dist.is_initialized():
         dist.broadcast_object_list(newest)  # rank 0 decides, once nobody else writes
     if newest[0] is not None:
@@ -165,7 +163,7 @@ def fit_rank(run: Training, state: TrainState, objective: Objective, text: TextE
           (recording(run, state, text, busiest) if writes else silence()) as recorders,
           contextlib.closing(lane_batches(run.plan, lanes, state.step, recipe.fit.steps, device, text, executor)
                              ) as data):
-        steps = train(state, data, objective, recipe.optimizer, recipe.fit, stop, run.memory)
+        steps = train(state, data, objective, recipe.optimizer, recipe.fit, stop, run.memory, recipe.run.may_skip)
         for number, step in enumerate(steps):
             for recorder in recorders:
                 recorder.record(step)
@@ -214,25 +212,19 @@ def recording(run: Training, state: TrainState, text: TextEncoder | None, busies
     with the state before it saved."""
     recipe = run.recipe
     wanted: list = []
-    if recipe.fit.grid_every:
+    if recipe.run.grid_every:
         labels = recipe.denoiser.num_classes
         wanted = ([i % labels for i in range(GRID_IMAGES)] if labels else
                   first_captions(run.plan.sources[0].split, GRID_IMAGES))
-    device = state.model.denoiser.output_weight.device
-
-    def drawing(averages: Any) -> PixelGen:
-        there = averages if averages.output_weight.device == device else copy.deepcopy(averages).to(device)
-        return PixelGen(there, recipe.fit.precision, text)
-
-    grids = Grids(run.directory, recipe.fit, drawing, wanted, recipe.grid_sampler)
-    with writing(run.checkpoints, recipe.fit.keep_checkpoints, recipe.fit.keep_every) as writer:
-        saves = Saves(run.directory, recipe.fit, writer)
+    grids = Grids(run.directory, recipe, text, wanted, state.model.denoiser.output_weight.device)
+    with writing(run.checkpoints, recipe.run) as writer:
+        saves = Saves(run.directory, recipe.run, writer)
         try:
-            yield [Curve(run.directory, run.store, recipe.fit, state.step, busiest), grids, saves]
+            yield [Curve(run.directory, run.store, recipe, state.step, busiest), grids, saves]
         except NonFiniteError as error:
             saves.save(state)
             run.store.write(FAILURE, f"{error}. The state before it is kept in {run.checkpoints.path(state.step)}: to "
-                            "go on from there without such steps, set fit.on_nonfinite to skip(N) and repeat; a lower "
+                            "go on from there without such steps, set run.on_nonfinite to skip(N) and repeat; a lower "
                             "optimizer.lr starts afresh".encode())
 
 
@@ -272,16 +264,17 @@ def stop_requested(store: Store) -> Callable[[], bool]:
     return requested
 
 
-def check_room(state: TrainState, config: FitConfig, directory: Path) -> None:
+def check_room(state: TrainState, recipe: Recipe, directory: Path) -> None:
     """StorageError if the checkpoints that are to be kept, and one more, will not fit on the disk: each has weights,
     averaged weights and AdamW's two moments in float32."""
     size = 4 * (3 * count(state.model) + count(state.ema))
-    kept = config.keep_checkpoints + (config.steps // config.keep_every if config.keep_every else 0)
+    run = recipe.run
+    kept = run.keep_checkpoints + (recipe.fit.steps // run.keep_every if run.keep_every else 0)
     need, free = size * (kept + 1), shutil.disk_usage(directory).free + sum(
         path.stat().st_size for path in directory.glob("checkpoints/*"))
     if need > free:
         raise StorageError(f"{directory}: make room on this disk; {kept + 1} checkpoints of {size / 1e9:.1f} GB are to "
-                           f"lie here (fit.keep_checkpoints, fit.keep_every), {free / 1e9:.1f} GB are free")
+                           f"lie here (run.keep_checkpoints, run.keep_every), {free / 1e9:.1f} GB are free")
 
 
 def count(model: nn.Module) -> int:

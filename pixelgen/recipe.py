@@ -10,14 +10,13 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
 from pixelgen.config import (
-    CHANGEABLE,
     CaptionConfig,
     ConfigError,
     DenoiserConfig,
     FitConfig,
     ObjectiveConfig,
     OptimizerConfig,
-    SamplerConfig,
+    RunConfig,
     TextDenoiserConfig,
     choose,
     load,
@@ -25,6 +24,7 @@ from pixelgen.config import (
 )
 from pixelgen.models import SIZES, TEXT_SIZES, denoiser_config, text_denoiser_config
 
+TRAJECTORY = ("mixture", "text", "denoiser", "objective", "optimizer", "fit")  # the fields of Recipe but run
 LARGEST, LONGEST, DEEPEST = 2**16, 3000, 20  # of a YAML file: characters, also of one value, and levels
 
 
@@ -32,10 +32,10 @@ LARGEST, LONGEST, DEEPEST = 2**16, 3000, 20  # of a YAML file: characters, also 
 class DenoiserParams:
     """The architecture of a named size."""
 
-    size: str  # a key of pixelgen.models.SIZES or TEXT_SIZES
-    image_size: int
-    num_classes: int | None  # null: a text-conditional size
-    dropout: float
+    size: str  # L/16 | XL/16 | XXL/16 | demo/16 | demo-text/16: see pixelgen/models/__init__.py
+    image_size: int  # pixels on a side
+    num_classes: int | None = None  # null: a text-conditional size
+    dropout: float = 0.0  # in the middle half of the blocks
 
     def __post_init__(self) -> None:
         choose(self.size, [*SIZES, *TEXT_SIZES], "size")
@@ -52,17 +52,17 @@ class DenoiserParams:
         return denoiser_config(self.size, self.image_size, self.num_classes, self.dropout)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a denoiser is trained: all that the weights depend on but data and frozen networks."""
+    """How a denoiser is trained: all that the weights depend on but data and frozen networks, and what is recorded."""
 
-    mixture: dict[str, float] | None  # source of the dataset -> weight; null: all, in proportion to their images
-    text: CaptionConfig | None  # null: the dataset has labels
+    mixture: dict[str, float] | None = None  # {source: weight, …}; null: all of the dataset's, by their images
+    text: CaptionConfig | None = None  # how captions become prompts; null: the dataset has labels
     denoiser: DenoiserParams
-    objective: ObjectiveConfig
-    optimizer: OptimizerConfig
-    fit: FitConfig
-    grid_sampler: SamplerConfig  # of the sample grids drawn while training
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    fit: FitConfig = FitConfig()
+    run: RunConfig = RunConfig()
 
     def __post_init__(self) -> None:
         depth = self.denoiser.resolve().depth
@@ -71,9 +71,10 @@ class Recipe:
 
     @property
     def trajectory(self) -> dict[str, Any]:
-        """What the trained weights depend on: it names a training, and anything else may change while that lasts."""
-        plain = dataclasses.asdict(self)
-        plain["fit"] = {name: value for name, value in plain["fit"].items() if name not in CHANGEABLE}
+        """What names a training: all that the weights at one of its steps depend on. How far it goes is not part of
+        that: to raise `fit.steps` is to go on."""
+        plain = {name: value for name, value in dataclasses.asdict(self).items() if name in TRAJECTORY}
+        del plain["fit"]["steps"]
         return plain
 
 
@@ -87,6 +88,8 @@ def read_recipe(path: Path, key: str | None = None, started: bool = False) -> Re
             raise ConfigError(f"{path}: there is no section train to take {key!r} from")
         where, data = f"{path}: train.{key}", section[choose(key, list(section), f"{path}: train: key")]
     if isinstance(data, dict):
+        require("grid_sampler" not in data, f"{where}: grid_sampler, and of fit what changes no weight, belong to run "
+                "now: `python -m pipeline params migrate` rewrites a params.yaml")
         init = data.get("init", "none")
         require(started or init == "none", f"{where}.init is {init}: name the folder of that model with --init")
         data = {name: value for name, value in data.items() if name not in ("dataset", "init")}  # for the workflow

@@ -6,6 +6,7 @@ sha256. They gather in the run directory, and under a storage root (where a rank
 
 import contextlib
 import json
+import math
 import re
 import threading
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from pixelgen.checkpoint import save_state
+from pixelgen.config import RunConfig
 from pixelgen.errors import StorageError
 from pixelgen.manifest import describe, intact, one_at_a_time
 from pixelgen.store import Store
@@ -39,18 +41,18 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.directory / name_of(step)
 
-    def steps(self) -> list[int]:
-        """Steps of the finished checkpoints, ascending."""
-        found = (re.fullmatch(rf"{FOLDER}/step-(\d+)\.pt\.json", name) for name in self.store.sizes(f"{FOLDER}/"))
-        return sorted(int(match[1]) for match in found if match)
+    def steps(self, last: float = math.inf) -> list[int]:
+        """Steps of the finished checkpoints until `last`, ascending."""
+        names = (re.fullmatch(rf"{FOLDER}/step-(\d+)\.pt\.json", name) for name in self.store.sizes(f"{FOLDER}/"))
+        return sorted(step for name in names if name and (step := int(name[1])) <= last)
 
-    def recover(self) -> int | None:
-        """Clear away what cannot be used -> the newest step whose checkpoint is intact; None if there is none. For rank
-        0, before others read any. The step is noted, and so are damaged checkpoints, which are put aside: training
-        ends at the same bits, a little later."""
+    def recover(self, last: int) -> int | None:
+        """Clear away what cannot be used -> the newest step until `last` whose checkpoint is intact; None if there is
+        none. For rank 0, before others read any. The step is noted, and so are damaged checkpoints, which are put
+        aside: training ends at the same bits, a little later."""
         self.sweep()
         notes, found = "", None
-        for step in reversed(self.steps()):
+        for step in reversed(self.steps(last)):
             try:
                 self.local(step)
             except Damaged as error:
@@ -95,11 +97,12 @@ class Checkpoints:
             if name.endswith(".pt") and name not in vouched:
                 self.store.delete(name)
 
-    def prune(self, keep: int, every: int | None) -> list[str]:
-        """Delete all but the last `keep` checkpoints and those of every `every`th step -> why some cannot be."""
+    def prune(self, run: RunConfig, last: int) -> list[str]:
+        """Delete what a run does not keep of the checkpoints until step `last` -> why some cannot be. Later ones are of
+        a time when the run was to go further."""
         left = []
-        for step in self.steps()[:-keep]:
-            if every is None or step % every:
+        for step in self.steps(last)[:-run.keep_checkpoints]:
+            if run.keep_every is None or step % run.keep_every:
                 try:
                     self.store.delete(f"{name_of(step)}.json")
                     self.store.delete(name_of(step))
@@ -112,8 +115,8 @@ class Checkpoints:
 class Writer:
     """What rank 0 saves with: a thread writes, uploads and prunes, while training goes on with the next step."""
 
-    def __init__(self, checkpoints: Checkpoints, keep: int, every: int | None):
-        self.checkpoints, self.keep, self.every = checkpoints, keep, every
+    def __init__(self, checkpoints: Checkpoints, run: RunConfig):
+        self.checkpoints, self.run = checkpoints, run
         self.thread = threading.Thread()
         self.error: BaseException | None = None
         self.buffers: dict[str, torch.Tensor] = {}  # on the CPU, as large as the state, for one copy after the other
@@ -149,13 +152,13 @@ class Writer:
                     store.write(extra, content)
                 store.write(name, path)
             store.write(f"{name}.json", json.dumps(describe(path, name)).encode())
-            self._prune()
+            self._prune(step)
         except BaseException as error:
             self.error = error
 
-    def _prune(self) -> None:
+    def _prune(self, last: int) -> None:
         """What cannot be deleted now may be after the next checkpoint: no reason to stop a training."""
-        if left := self.checkpoints.prune(self.keep, self.every):
+        if left := self.checkpoints.prune(self.run, last):
             store = self.checkpoints.store
             with contextlib.suppress(OSError, StorageError):
                 before = store.read(NOTES) if store.size(NOTES) is not None else b""
@@ -164,9 +167,9 @@ class Writer:
 
 
 @contextlib.contextmanager
-def writing(checkpoints: Checkpoints, keep: int, every: int | None) -> Iterator[Writer]:
+def writing(checkpoints: Checkpoints, run: RunConfig) -> Iterator[Writer]:
     """A `Writer`, which has finished at the end."""
-    writer = Writer(checkpoints, keep, every)
+    writer = Writer(checkpoints, run)
     try:
         yield writer
     finally:

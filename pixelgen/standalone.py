@@ -19,7 +19,7 @@ from pixelgen.data.executors import Executor, InProcess, processes, processors_l
 from pixelgen.data.shards import LocalFile, open_split
 from pixelgen.errors import UserError
 from pixelgen.files import try_lock
-from pixelgen.manifest import MANIFEST, check_file, read_manifest, sha256
+from pixelgen.manifest import IDENTITY, MANIFEST, check_file, identity, read_manifest, sha256
 from pixelgen.progress import Progress
 from pixelgen.rank import Training, check_data, plan_of, stopping, train_rank, uses_dino
 from pixelgen.recipe import Recipe
@@ -59,8 +59,8 @@ def train_here(recipe: Recipe, shards: Path, out: Path, weights: Path, start: Pa
     for name in needed:
         require((weights / name).is_dir(), f"{weights} has no folder {name}, which the recipe needs: name the folder "
                 "of the frozen networks (--weights)")
-    made_of = {"recipe": recipe.trajectory, "shards": sha256(shards / MANIFEST), "weights": identity(weights, needed),
-               "init": start and identity(start)}
+    made_of = {"recipe": recipe.trajectory, "shards": identity(manifest), "weights": folder_hash(weights, needed),
+               "init": start and folder_hash(start)}
     out.mkdir(parents=True, exist_ok=True)
     out = out.absolute()
     run = Training(recipe, out, LocalStore(out), plan, weights, start, memory)
@@ -110,6 +110,8 @@ def claim(out: Path, made_of: dict[str, Any]) -> None:
     """Note what the training in `out` is made of. UserError, with the difference, if it holds one of something else."""
     path, new = out / MADE_OF, json.loads(json.dumps(made_of))
     old = json.loads(path.read_text()) if path.is_file() else new
+    if "grid_sampler" in old["recipe"]:
+        raise UserError(f"{out} holds a training of an earlier version: name another folder, or finish it with that")
     before, now = flat(old), flat(new)
     if changed := [name for name in sorted(before | now) if before.get(name) != now.get(name)]:
         raise UserError(f"{out} holds another training: {changed[0]} was {before.get(changed[0])!r} and is "
@@ -124,15 +126,16 @@ def flat(values: Any, name: str = "") -> dict[str, Any]:
     return {k: v for key, value in values.items() for k, v in flat(value, f"{name}.{key}" if name else key).items()}
 
 
-def identity(folder: Path, parts: Sequence[str] = (".",)) -> str:
-    """A hash that tells some parts of a folder from others: of its manifest, if there is one and its files are as that
-    says, or else of all files."""
+def folder_hash(folder: Path, parts: Sequence[str] = (".",)) -> str:
+    """A hash that tells some parts of a folder from others: of all files, which have to be as its manifest says, if it
+    has one."""
     if (folder / MANIFEST).is_file():
         for entry in read_manifest(folder, None)["files"]:
             check_file(folder, entry)
-        return sha256(folder / MANIFEST)
     files = sorted(path for part in parts for path in (folder / part).rglob("*") if path.is_file())
-    return hashlib.sha256("".join(f"{path.relative_to(folder)} {sha256(path)} " for path in files).encode()).hexdigest()
+    told = "".join(f"{path.relative_to(folder)} {sha256(path)} " for path in files
+                   if path.name not in (MANIFEST, IDENTITY))
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def reading(count: int | None, device: torch.device) -> contextlib.AbstractContextManager[Executor]:

@@ -98,8 +98,8 @@ def create_state(denoiser: DenoiserConfig | TextDenoiserConfig, objective: Objec
 
 
 def train_step(state: TrainState, model: nn.Module, lanes: Sequence[LaneBatch], objective: Objective,
-               optimizer: OptimizerConfig, config: FitConfig, lanes_per_pass: int = 1, stop: bool = False
-               ) -> dict[str, float]:
+               optimizer: OptimizerConfig, config: FitConfig, lanes_per_pass: int = 1, stop: bool = False,
+               may_skip: int = 0) -> dict[str, float]:
     """One optimizer step on this rank's lanes; `model` is `state.model`, wrapped for the world it runs in.
 
     Returns the mean of every loss term over all lanes of all ranks, the norm of the gradient, the perceptual weight,
@@ -130,7 +130,7 @@ def train_step(state: TrainState, model: nn.Module, lanes: Sequence[LaneBatch], 
     metrics = dict(zip(names, read(), strict=True)) | {"percept_weight": weight}
 
     if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
-        skip_or_stop(state, f"{', '.join(bad)} not finite", suspects(lanes, rows), config)
+        skip_or_stop(state, f"{', '.join(bad)} not finite", suspects(lanes, rows), may_skip)
     else:
         ema_update(state.ema, state.model.denoiser, config.ema_decay)
         state.percept_weight = weight
@@ -207,17 +207,18 @@ def refreshed_balance(state: TrainState, lanes: Sequence[LaneBatch], objective: 
     return 0.8 * state.percept_weight + 0.2 * (sums[0] / sums[1]).item()
 
 
-def skip_or_stop(state: TrainState, reason: str, samples: dict[int, list[str]], config: FitConfig) -> None:
+def skip_or_stop(state: TrainState, reason: str, samples: dict[int, list[str]], may_skip: int) -> None:
     """Count a step without an update, or raise NonFiniteError if no more of them are allowed.
 
     What this rests on is the same on every rank, and so is the outcome.
     """
     message = f"step {state.step}: {reason}; no update was made. Samples by lane: {samples}"
-    if state.skipped >= config.may_skip:
-        raise NonFiniteError(message + f" (on_nonfinite: {config.on_nonfinite}, {state.skipped} skipped before)")
+    if state.skipped >= may_skip:
+        raise NonFiniteError(message + f" (on_nonfinite allows {may_skip} such steps, {state.skipped} were skipped "
+                             "before)")
     state.skipped += 1
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"skipped {state.skipped} of {config.may_skip}: {message}", file=sys.stderr, flush=True)
+        print(f"skipped {state.skipped} of {may_skip}: {message}", file=sys.stderr, flush=True)
 
 
 def suspects(lanes: Sequence[LaneBatch], rows: Sequence[Tensor]) -> dict[int, list[str]]:
@@ -249,10 +250,11 @@ class Recorder(Protocol):
 
 
 def train(state: TrainState, batches: Iterator[Sequence[LaneBatch]], objective: Objective, optimizer: OptimizerConfig,
-          config: FitConfig, stop: Callable[[], bool] = lambda: False, memory: MemoryConfig = MemoryConfig()
-          ) -> Iterator[Step]:
+          config: FitConfig, stop: Callable[[], bool] = lambda: False, memory: MemoryConfig = MemoryConfig(),
+          may_skip: int = 0) -> Iterator[Step]:
     """The steps to `config.steps`, each taken when it is asked for. Where `stop` is true on any rank, all end after the
-    same step. `batches` yields this rank's lanes, beginning at `state.step`."""
+    same step. `batches` yields this rank's lanes, beginning at `state.step`. Of the whole run, `may_skip` steps may
+    pass without an update because a number is not finite; one more is a NonFiniteError."""
     if state.step >= config.steps:
         return
     model, last = wrapped(state, objective, config, memory.recomputed_blocks), False
@@ -263,7 +265,8 @@ def train(state: TrainState, batches: Iterator[Sequence[LaneBatch]], objective: 
             raise RuntimeError(f"the data ended at step {state.step} of {config.steps}")
         waited = time.perf_counter() - began
         assert all(b.step == state.step for b in lanes), f"batches out of step {state.step}: {[b.step for b in lanes]}"
-        metrics = train_step(state, model, lanes, objective, optimizer, config, memory.lanes_per_pass or 1, stop())
+        metrics = train_step(state, model, lanes, objective, optimizer, config, memory.lanes_per_pass or 1, stop(),
+                             may_skip)
         last = metrics.pop("stop") > 0 or state.step == config.steps
         yield Step(state, metrics, waited, last)
 

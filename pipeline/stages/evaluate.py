@@ -20,10 +20,10 @@ import torch
 from pipeline.cluster import Cluster, read_cluster, work_through
 from pipeline.datasets import scenes
 from pipeline.judges import GeometricDetector, load_extractor, load_judges
-from pipeline.params import EvaluateParams, Params, SampleParams, TrainParams, read_params, stage_params
+from pipeline.params import EvaluateParams, Params, SampleParams, TrainParams, resolved_params, stage_params
 from pipeline.parts import read_part, write_arrays
 from pipeline.runs import lease, run_directory, run_stage
-from pipeline.storage import Artifact, Storage, fresh_directory, read_sealed, write_json, write_sealed
+from pipeline.storage import Artifact, Storage, fresh_directory, read_sealed, run_name, write_json, write_sealed
 from pixelgen.config import require
 from pixelgen.data.shards import Split, read_images
 from pixelgen.encoders.text import load_text_encoder
@@ -63,7 +63,7 @@ WEIGHTS, DATA, REFERENCES, SAMPLES = (Path("out") / n for n in ("weights", "shar
 
 def main() -> None:
     key = sys.argv[1]
-    whole, cluster = read_params(), read_cluster()
+    whole, cluster = resolved_params(), read_cluster()
     params, storage = stage_params(whole.evaluate, key, "evaluate"), Storage(whole.storage.root)
     torch.set_num_threads(cluster.threads)
     storage.check()
@@ -74,9 +74,9 @@ def main() -> None:
                     storage.open(DATA / dataset, "dataset") if params.baselines else None)
     else:
         task = Task(whole, params, samples, weights)
-    directory = run_directory("evaluate", key, *task.inputs)
+    directory = run_directory("evaluate", *task.inputs)
     out = fresh_directory(OUT / key)
-    with lease(directory / "driver.lease", patience=5):
+    with lease(directory / "driver.lease"):
         state = storage.run(directory)
         if params.metric == "fid":
             metrics = fid(task, state, cluster)
@@ -92,7 +92,7 @@ def main() -> None:
     }
     METRICS.mkdir(exist_ok=True)
     write_json(METRICS / f"{key}.json", figures)
-    Storage(None).publish(out, "evaluation", params, run=directory.as_posix(), figures=figures)
+    Storage(None).publish(out, "evaluation", params, run=run_name(directory), figures=figures)
 
 
 @dataclass(frozen=True)

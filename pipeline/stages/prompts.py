@@ -4,9 +4,10 @@ import json
 import sys
 from pathlib import Path, PurePosixPath
 
+from pipeline.checkout import data_path
 from pipeline.datasets import scenes
 from pipeline.download import download
-from pipeline.params import PromptsParams, read_params, stage_params
+from pipeline.params import PromptsParams, resolved_params, stage_params
 from pipeline.runs import run_stage
 from pipeline.storage import Storage, fresh_directory
 from pixelgen.metrics.geneval import TAGS
@@ -19,7 +20,7 @@ LARGEST = 64 << 20  # bytes of a file of prompts
 
 def main() -> None:
     key = sys.argv[1]
-    params = stage_params(read_params().prompts, key, "prompts")
+    params = stage_params(resolved_params().prompts, key, "prompts")
     out = fresh_directory(OUT / key)
     if params.source == "scenes":
         prompts = [{"name": f"{n:05}", **p} for n, p in enumerate(
@@ -35,7 +36,7 @@ def local(params: PromptsParams, out: Path) -> Path:
     """The file or folder of the prompts; a URL is fetched into `out`."""
     assert params.path is not None
     if not params.path.startswith(("https://", "http://")):
-        return Path(params.path)
+        return data_path(params.path)
     target = out / ("source" + PurePosixPath(params.path).suffix)
     download(params.path, target, "fetch it on another machine and set path to the file", LARGEST)
     return target

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.checkout import data_path
 from pipeline.cluster import Cluster, read_cluster, work_through
 from pipeline.judges import load_extractor
-from pipeline.params import ReferenceParams, read_params, stage_params
+from pipeline.params import ReferenceParams, resolved_params, stage_params
 from pipeline.parts import read_part, write_array, write_arrays
 from pipeline.runs import lease, run_directory, run_stage
 from pipeline.storage import Artifact, Storage, fresh_directory
@@ -37,36 +38,36 @@ HELD = 256  # images in a file of kept ones
 
 def main() -> None:
     key = sys.argv[1]
-    whole, cluster = read_params(), read_cluster()
+    whole, cluster = resolved_params(), read_cluster()
     params, storage = stage_params(whole.reference, key, "reference"), Storage(whole.storage.root)
     torch.set_num_threads(cluster.threads)
     storage.check()
-    weights = storage.open(WEIGHTS, "weights")
+    weights, dataset = storage.open(WEIGHTS, "weights"), storage.open(SHARDS / params.dataset, "dataset")
     if params.npz is None:
-        dataset = storage.open(SHARDS / params.dataset, "dataset")
         require((total := dataset.split("train").total) > 1,
                 f"dataset {params.dataset} has {total} training image: no covariance is of one")
-        directory = run_directory("reference", key, params, dataset.identity, weights.identity)
+        directory = run_directory("reference", params, dataset.identity, weights.part(params.extractor))
         state = storage.run(directory)
         parts: list[dict[str, Any]] = [{"name": f"part-{start:09d}.npz", "start": start, "stop": start + PART}
                                        for start in range(0, total, PART)]
-        with lease(directory / "driver.lease", patience=5):
+        with lease(directory / "driver.lease"):
             work_through(parts, MomentWorker, (params, dataset, weights, state, cluster), cluster, "reference", state)
             extractor, reference = merged(state, [part["name"] for part in parts])
-            write(storage, key, params, extractor, reference, kept_images(state, min(params.images, total)))
+            write(storage, key, params, dataset, extractor, reference, kept_images(state, min(params.images, total)))
             for name in state.sizes():  # moments of ImageNet take gigabytes
                 state.delete(name)
             shutil.rmtree(directory)
     else:
-        write(storage, key, params, *published(params, weights.local()), None)
+        write(storage, key, params, dataset, *published(params, weights.local()), None)
 
 
-def write(storage: Storage, key: str, params: ReferenceParams, extractor: str, reference: Reference,
-          images: Stream | None) -> None:
-    """The output; `images`: those of the reference, where they come a few at a time."""
+def write(storage: Storage, key: str, params: ReferenceParams, dataset: Artifact, extractor: str,
+          reference: Reference, images: Stream | None) -> None:
+    """The output; `images`: those of the reference, where they come a few at a time. It is also of another identity if
+    the dataset is, so that what is compared with both is done again, whatever the reference was made of."""
     out, kept = fresh_directory(OUT / key), images or reference.images
     fid.save_reference(out / "reference.npz", reference, images)
-    storage.publish(out, "reference", params, extractor=extractor, dataset=params.dataset,
+    storage.publish(out, "reference", params, extractor=extractor, dataset=dataset.identity,
                     images=0 if kept is None else kept.shape[0])
 
 
@@ -135,7 +136,7 @@ def kept_images(state: Store, count: int) -> Stream:
 def published(params: ReferenceParams, weights: Path) -> tuple[str, Reference]:
     """The extractor's name, and the reference in the params' npz. ConfigError if it cannot be read or holds another
     extractor's features."""
-    npz = str(params.npz)
+    npz = str(data_path(str(params.npz)))
     try:
         reference = fid.load_reference(npz)
     except (OSError, UserError) as error:

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline.params import Params, read_params
+from pipeline.params import Params, resolved_params
 from pipeline.runs import run_stage
 from pipeline.storage import Storage, fresh_directory
 from pixelgen.encoders import INCEPTION
@@ -43,7 +43,7 @@ figcaption{font-size:.85rem;color:#666;max-width:14rem}.paper td{color:#777}
 
 
 def main() -> None:
-    params = read_params()
+    params = resolved_params()
     body = ["<h1>PixelGen</h1>"]
     for key in params.evaluate:
         body += (evaluation if params.evaluate[key].metric == "fid" else geneval)(params, key)

@@ -3,6 +3,7 @@
 Ray Data actors draw parts, each written whole, so that finished ones survive an interruption.
 """
 
+import dataclasses
 import itertools
 import json
 import re
@@ -17,10 +18,10 @@ import numpy as np
 import torch
 
 from pipeline.cluster import Cluster, read_cluster, work_through
-from pipeline.params import NONE, SampleParams, read_params, stage_params
+from pipeline.params import NONE, SampleParams, resolved_params, stage_params
 from pipeline.parts import read_part, write_array
 from pipeline.runs import lease, run_directory, run_stage
-from pipeline.storage import Artifact, Storage, fresh_directory
+from pipeline.storage import Artifact, Storage, fresh_directory, run_name
 from pixelgen.generate import BATCH, PixelGen
 from pixelgen.images import grid
 from pixelgen.npz import Stream, write_npz
@@ -44,12 +45,13 @@ class Part:
 
 def main() -> None:
     key = sys.argv[1]
-    whole, cluster = read_params(), read_cluster()
+    whole, cluster = resolved_params(), read_cluster()
     params, storage = stage_params(whole.sample, key, "sample"), Storage(whole.storage.root)
     torch.set_num_threads(cluster.threads_per_worker)  # this process draws as a worker does, where there is only one
     storage.check()
     model, weights = storage.open(MODELS / params.model / "model", "model"), None
-    inputs = [params, model.identity]
+    told = {name: value for name, value in dataclasses.asdict(params).items() if name not in ("model", "prompts")}
+    inputs = [told, model.identity]  # which model it is, not what it is called
     prompts: list[Prompt] = []
     if params.prompts == NONE:
         wanted: list = [*range(whole.train[params.model].denoiser.num_classes or 0)] * params.per_prompt
@@ -59,10 +61,10 @@ def main() -> None:
         wanted = [prompt.text for prompt in prompts for _ in range(params.per_prompt)]
         order = [*range(len(wanted))]
         weights = storage.open(WEIGHTS, "weights")
-        inputs += [wanted, *(f["sha256"] for f in weights["files"] if f["path"].startswith("text/"))]
-    directory = run_directory("sample", key, *inputs)
+        inputs += [wanted, *weights.part("text")]
+    directory = run_directory("sample", *inputs)
     state, parts = storage.run(directory), plan_parts(params, wanted, order)
-    with lease(directory / "driver.lease", patience=5):
+    with lease(directory / "driver.lease"):
         work_through([vars(part) for part in parts], Artist, (params, model, weights, state, cluster), cluster,
                      "sample", state)
         images = (read_part(state, part.name) for part in parts)
@@ -71,7 +73,7 @@ def main() -> None:
             write_prompts(out, images, prompts, params)
         else:
             write_classes(out, images, wanted, order)
-        storage.publish(out, "samples", params, images=len(wanted), run=directory.as_posix())
+        storage.publish(out, "samples", params, images=len(wanted), run=run_name(directory))
 
 
 def load_prompts(path: Path) -> list[Prompt]:

@@ -14,14 +14,14 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkout import data_path
 from pipeline.cluster import Cluster, attempt, connect, outcomes, ray_data, read_cluster
 from pipeline.datasets import SPLITS, DatasetError
 from pipeline.datasets.work import SOURCES, Job, Report, read_report, write_job
-from pipeline.params import DatasetParams, read_params, stage_params
+from pipeline.params import DatasetParams, resolved_params, stage_params
 from pipeline.runs import lease, run_directory, run_stage
 from pipeline.storage import Storage, fresh_directory
 from pixelgen.data.shards import SCHEMA
@@ -36,18 +36,17 @@ UNCOUNTED = 10_000  # samples from which on the share of unusable ones counts, w
 
 def main() -> None:
     key = sys.argv[1]
-    whole, cluster = read_params(), read_cluster()
+    whole, cluster = resolved_params(), read_cluster()
     config, storage = stage_params(whole.datasets, key, "shard"), Storage(whole.storage.root)
     storage.check()
-    sources = {name: dataclasses.replace(source, path=source.path and str(Path(source.path).absolute()))
+    sources = {name: dataclasses.replace(source, path=source.path and str(data_path(source.path).absolute()))
                for name, source in config.sources.items()}
     data = dataclasses.replace(config, sources=sources)
     classes, jobs = find_jobs(data)
     listed = [(job.source, [(i.key, i.size, i.mtime_ns) for item in job.task.items for i in (item, *item.texts) if i])
               for job in jobs]
-    run = run_directory("shard", key, dataclasses.replace(data, max_quarantined=0.0), listed, str(SCHEMA),
-                        [version(name) for name in ("pillow", "pyarrow", "numpy", "scikit-learn")]).absolute()
-    with lease(run.parent / "driver.lease", patience=5):
+    run = run_directory("shard", dataclasses.replace(data, max_quarantined=0.0), listed, str(SCHEMA)).absolute()
+    with lease(run / "driver.lease"):
         shards = run / "shards"
         reports = collect(jobs, data, cluster, storage, run)
         files = [shard["file"] for report in reports.values() for shard in report["shards"]]
@@ -66,7 +65,7 @@ def main() -> None:
         state = storage.run(run)
         for name in state.sizes("reports/"):
             state.delete(name)
-        shutil.rmtree(run.parent)
+        shutil.rmtree(run)
 
 
 def find_jobs(data: DatasetParams) -> tuple[list[str] | None, list[Job]]:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from pipeline.cluster import Cluster, connect, read_cluster, work_through
-from pipeline.params import NONE, TrainParams, read_params, stage_params
+from pipeline.older import refuse_older_runs
+from pipeline.params import NONE, TrainParams, resolved_params, stage_params
 from pipeline.rank import Run, ray_rank, run_rank
-from pipeline.runs import Stopped, lease, run_directory, run_stage
-from pipeline.storage import Storage, fresh_directory
+from pipeline.runs import Stopped, lease, run_directory, run_path, run_stage
+from pipeline.storage import Storage, fresh_directory, run_name
 from pixelgen.progress import Progress
-from pixelgen.rank import check_data, stopping
-from pixelgen.recorders import CURVE
+from pixelgen.rank import check_data, stopping, uses_dino
+from pixelgen.recorders import CURVE, grids_upto, upto
 
 EXPORTED = "exported.json"  # in the run's store: which files make up the model
 WEIGHTS, DATA, OUT = Path("out/weights"), Path("out/shard"), Path("out/train")
@@ -23,10 +24,10 @@ WEIGHTS, DATA, OUT = Path("out/weights"), Path("out/shard"), Path("out/train")
 
 def main() -> None:
     key = sys.argv[1]
-    whole = read_params()
+    whole = resolved_params()
     params, storage = stage_params(whole.train, key, "train"), Storage(whole.storage.root)
     run = prepare(key, params, storage, read_cluster())
-    with lease(run.directory / "driver.lease", patience=5):
+    with lease(run.directory / "driver.lease"):
         run.begin()
         if not run.done:
             train(run)
@@ -42,8 +43,11 @@ def prepare(key: str, params: TrainParams, storage: Storage, cluster: Cluster) -
     for artifact in (weights, start):
         if artifact and artifact["root"] is None:
             artifact.local()  # or every rank would find what is damaged, and Ray Train start it again
-    made_of = [artifact.identity for artifact in (data, weights, start) if artifact]
-    directory = run_directory("train", key, params.trajectory, *made_of)
+    used = [name for name, use in (("dino", uses_dino(params.objective)), ("lpips", params.objective.lpips_weight),
+                                   ("text", params.text)) if use]
+    made_of = [params.trajectory, data.identity, weights.part(*used), start and start.identity]
+    refuse_older_runs(key, run_path("train", *made_of), storage.root)
+    directory = run_directory("train", *made_of)
     run = Run(params, directory.absolute(), storage.run(directory), data, weights, start, cluster)
     check_data(params, data.manifest, run.plan, params.dataset)
     return run
@@ -90,10 +94,11 @@ def write_outputs(run: Run, storage: Storage, out: Path) -> None:
     work_through([{"name": EXPORTED}], ExportWorker, (run, storage, model.absolute()), run.cluster, "export", run.store)
     exported = json.loads(run.store.read(EXPORTED))
     storage.publish(model, "model", run.recipe, exported["files"], steps=exported["step"],
-                    run="/".join(run.directory.parts[-3:]))
-    run.store.fetch(CURVE, out / CURVE)
+                    run=run_name(run.directory))
+    last = run.recipe.fit.steps  # the run may have gone further before
+    (out / CURVE).write_text(upto(run.store.read(CURVE).decode(), last))
     (out / "grids").mkdir()
-    for name in run.store.sizes("grids/"):
+    for name in grids_upto(run.store, last):
         run.store.fetch(name, out / name)
 
 

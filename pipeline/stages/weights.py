@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline import session
+from pipeline.checkout import data_path
 from pipeline.cluster import read_cluster
 from pipeline.datasets import scenes
 from pipeline.datasets.digits import digits
 from pipeline.download import download, stated_hash
 from pipeline.judges import DigitsJudge, save_digits_classifier, train_digits_classifier
-from pipeline.params import WeightsParams, read_params
+from pipeline.params import WeightsParams, resolved_params
 from pipeline.runs import run_stage
 from pipeline.storage import Storage, fresh_directory, write_json
 from pixelgen.data.captions import PREFIXES
@@ -41,7 +42,7 @@ OUT = Path("out/weights")
 
 
 def main() -> None:
-    whole = read_params()
+    whole = resolved_params()
     torch.set_num_threads(1)  # the same stand-ins on every machine
     storage, cluster = Storage(whole.storage.root), read_cluster()
     storage.check()
@@ -135,7 +136,7 @@ def obtain(item: File, directory: str | None, target: Path) -> str:
         expected = expected or stated_hash(item.url, remedy)
         download(item.url, target, remedy)
     else:
-        source = Path(directory) / target.parent.name / item.name
+        source = data_path(directory) / target.parent.name / item.name
         if not source.is_file():
             raise StorageError(f"{source} is missing: put the file from {item.url} there, or set weights.directory to "
                                "null to download it")

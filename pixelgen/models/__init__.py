@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pixelgen.config import DenoiserConfig, TextDenoiserConfig, choose
+from pixelgen.config import DenoiserConfig, TextDenoiserConfig, choose, require
 
 if TYPE_CHECKING:
     from pixelgen.models.jit import JiT
@@ -37,6 +37,15 @@ def text_denoiser_config(size: str, image_size: int) -> TextDenoiserConfig:
     """The text-conditional architecture of a named size at an image size."""
     choose(size, list(TEXT_SIZES), "denoiser size")
     return TextDenoiserConfig(image_size=image_size, **TEXT_SIZES[size])
+
+
+def hidden_width(config: DenoiserConfig | TextDenoiserConfig) -> int:
+    """Hidden width of the blocks' SwiGLU. That of classes has two thirds of an MLP's, since it has a third matrix; that
+    of text has all of it. ConfigError if not one unit is left."""
+    whole = config.mlp_ratio * config.width
+    width = int(whole * 2 / 3 if isinstance(config, DenoiserConfig) else whole)
+    require(width >= 1, f"mlp_ratio {config.mlp_ratio} leaves a width of {config.width} no hidden unit")
+    return width
 
 
 def build_denoiser(config: DenoiserConfig | TextDenoiserConfig) -> JiT | JiTText:

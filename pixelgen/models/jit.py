@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixelgen.config import DenoiserConfig
+from pixelgen.models import hidden_width
 from pixelgen.models.layers import (
     Dropout,
     Masks,
@@ -45,7 +46,8 @@ class JiT(nn.Module):
         self.register_buffer("pos_embed", position_table(c.width, grid)[None])
         middle = range(c.depth // 4, c.depth // 4 * 3)
         self.dropout = [c.dropout if i in middle else 0.0 for i in range(c.depth)]
-        self.blocks = nn.ModuleList(Block(c.width, c.hidden, c.heads, p) for p in self.dropout)
+        self.hidden = hidden_width(c)
+        self.blocks = nn.ModuleList(Block(c.width, self.hidden, c.heads, p) for p in self.dropout)
         self.final_layer = Head(c.width, c.patch_size)
 
         y, x = rotary_angles(head, torch.arange(grid), torch.arange(grid))
@@ -94,7 +96,7 @@ class JiT(nn.Module):
             tokens = image + c.in_context_len * (i >= c.in_context_start)
             return torch.empty(count, tokens, width, dtype=torch.bool, device=device).bernoulli_(1 - p)
 
-        return [(mask(i, p, c.width), mask(i, p, c.hidden)) for i, p in enumerate(self.dropout)]
+        return [(mask(i, p, c.width), mask(i, p, self.hidden)) for i, p in enumerate(self.dropout)]
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, feature_block: int | None = None,
                 dropout: Sequence[Masks] = ()) -> tuple[Tensor, Tensor | None]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixelgen.config import TextDenoiserConfig
+from pixelgen.models import hidden_width
 from pixelgen.models.layers import (
     Masks,
     RMSNorm,
@@ -41,9 +42,9 @@ class JiTText(nn.Module):
         self.y_pos_embedding = nn.Parameter(torch.empty(1, c.text_length, c.width))
         self.register_buffer("pos_embed", position_table(c.width, grid)[None])
         self.text_refine_blocks = nn.ModuleList(
-            Block(c.width, c.hidden, TextAttention(c.width, c.heads)) for _ in range(c.text_depth))
+            Block(c.width, hidden_width(c), TextAttention(c.width, c.heads)) for _ in range(c.text_depth))
         self.blocks = nn.ModuleList(
-            Block(c.width, c.hidden, JointAttention(c.width, c.heads)) for _ in range(c.depth))
+            Block(c.width, hidden_width(c), JointAttention(c.width, c.heads)) for _ in range(c.depth))
         self.final_layer = Head(c.width, c.patch_size)
 
         # Positions run from 0 to G inclusive, as the published weights were trained; x and y alternate.

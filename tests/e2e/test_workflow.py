@@ -3,7 +3,9 @@
 The tests go through one workspace in order, as a user would.
 """
 
+import contextlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -21,22 +23,25 @@ from pixelgen.metrics.geneval import list_images
 from tests.e2e.workspace import digest, dvc, edit, environment, make, unmeasured, yaml
 
 JUDGED = ("sample@geneval", "evaluate@geneval", "report")
+DRAWN = ("sample@c2i", "evaluate@fid", *JUDGED)
+TRAINED = ("train@c2i", "train@t2i-256", "train@t2i-512", "train@sft")
 
 
 def tiny(params):
     """The demo's parameters, cut down to seconds."""
     c2i = params["train"]["c2i"]
-    c2i["fit"] |= {"steps": 30, "batch_size": 16, "checkpoint_every": 5, "log_every": 2, "grid_every": 15}
-    c2i["grid_sampler"]["steps"] = 2
+    c2i["fit"] |= {"steps": 30, "batch_size": 16}
+    c2i["run"] |= {"checkpoint_every": 5, "log_every": 2, "grid_every": 15}
+    c2i["run"]["grid_sampler"]["steps"] = 2
     params["sample"]["c2i"] |= {"per_prompt": 4, "part_size": 7}
     params["sample"]["c2i"]["sampler"] |= {"name": "euler", "steps": 3}
     for name, count in (("scenes-pretrain", 90), ("scenes-sft", 40)):
         params["datasets"][name]["sources"]["scenes"]["count"] = count
         params["datasets"][name]["rows_per_shard"] = 30
     for stage in ("t2i-256", "t2i-512", "sft"):
-        params["train"][stage]["fit"] |= {"steps": 4, "batch_size": 8, "checkpoint_every": 2, "log_every": 2,
-                                          "grid_every": 4}
-        params["train"][stage]["grid_sampler"]["steps"] = 2
+        params["train"][stage]["fit"] |= {"steps": 4, "batch_size": 8}
+        params["train"][stage]["run"] |= {"checkpoint_every": 2, "log_every": 2, "grid_every": 4}
+        params["train"][stage]["run"]["grid_sampler"]["steps"] = 2
     params["sample"]["geneval"] |= {"per_prompt": 2, "part_size": 30}
     params["sample"]["geneval"]["sampler"]["steps"] = 2
     params["evaluate"]["geneval"]["batch_size"] = 30
@@ -50,10 +55,12 @@ def workspace(tmp_path_factory):
 def changed(workspace):
     """The stages that `dvc repro` would rerun for what is changed now, if whatever is rerun gives something new.
 
-    A dry run names the first of them only; dvc.lock knows what each stage reads and writes.
+    The first stage works out what has another meaning. A dry run then names the first of the others only; dvc.lock
+    knows what each stage reads and writes.
     """
+    dvc(workspace, "repro", "params")
     listing = dvc(workspace, "repro", "--dry")
-    found = {line.split("'")[1] for line in listing.splitlines() if line.startswith("Running stage")} - {"params"}
+    found = {line.split("'")[1] for line in listing.splitlines() if line.startswith("Running stage")}
     stages = yaml.load(workspace / "dvc.lock")["stages"]
 
     def paths(names, kind):
@@ -96,14 +103,31 @@ def test_repro_runs_everything(workspace):
         "step-00000015.png", "step-00000030.png"]
 
 
+def alone_in(workspace, name):
+    """A training without the workflow, by params.yaml -> its folder."""
+    command = [sys.executable, "-m", "pixelgen", "train", "params.yaml", "out/shard/digits", name, "--key", "c2i"]
+    subprocess.run([*command, "--threads", "1"], cwd=workspace, env=environment(workspace), check=True)
+    return workspace / name
+
+
+def run_of(workspace, key):
+    """The run directory that a trained model is of."""
+    return workspace / json.loads((workspace / f"out/train/{key}/model/manifest.json").read_text())["run"]
+
+
+def commit(workspace):
+    subprocess.run(["git", "add", "-A"], cwd=workspace, check=True)
+    subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "a run"], cwd=workspace,
+                   check=True)
+
+
 def test_training_needs_no_workflow(workspace):
     """In one process, without Ray, the steps of the stage's two ranks: the same checkpoints and model, to the bit."""
-    command = [sys.executable, "-m", "pixelgen", "train", "params.yaml", "out/shard/digits", "alone", "--key", "c2i"]
-    subprocess.run([*command, "--threads", "1"], cwd=workspace, env=environment(workspace), check=True)
+    alone_in(workspace, "alone")
     for name in ("raw", "ema", "projector"):
         path = f"model/{name}.safetensors"
         assert digest(workspace / "alone" / path) == digest(workspace / "out/train/c2i" / path)
-    run, = (workspace / "runs/train@c2i").iterdir()
+    run = run_of(workspace, "c2i")
     for path in ("checkpoints/step-00000025.pt", "checkpoints/step-00000030.pt", "grids/step-00000030.png"):
         assert digest(workspace / "alone" / path) == digest(run / path)
     shutil.rmtree(workspace / "alone")
@@ -128,6 +152,7 @@ def test_text_goes_through_its_three_stages_and_is_judged(workspace):
 
 def test_nothing_runs_again(workspace):
     assert "Data and pipelines are up to date." in dvc(workspace, "repro")
+    commit(workspace)
 
 
 @pytest.mark.parametrize(("change", "rerun"), [
@@ -139,25 +164,103 @@ def test_nothing_runs_again(workspace):
     (lambda p: p["train"]["t2i-512"]["optimizer"].update(lr=1e-5), {"train@t2i-512", "train@sft", *JUDGED}),
 ])
 def test_a_parameter_reruns_what_depends_on_it(workspace, change, rerun):
-    before = (workspace / "params.yaml").read_text()
-    edit(workspace, change)
-    assert changed(workspace) == rerun
-    (workspace / "params.yaml").write_text(before)
+    with edited(workspace, ("params.yaml", change)):
+        assert changed(workspace) == rerun
 
 
-@pytest.mark.parametrize(("file", "rerun"), [
-    ("README.md", set()),
-    ("clusters/local.yaml", set()),
-    ("pixelgen/samplers.py", {"sample@c2i", "evaluate@fid", *JUDGED}),
-    ("pixelgen/losses.py", {"train@c2i", "train@t2i-256", "train@t2i-512", "train@sft", "sample@c2i", "evaluate@fid",
-                            *JUDGED}),
-    ("pixelgen/prompts.py", {"prompts@geneval", "sample@c2i", "evaluate@fid", *JUDGED}),
-])
-def test_an_edited_file_reruns_what_is_made_of_it(workspace, file, rerun):
-    before = (workspace / file).read_text()
-    (workspace / file).write_text(before + "\n# edited\n")
-    assert changed(workspace) == rerun
-    (workspace / file).write_text(before)
+@contextlib.contextmanager
+def edited(workspace, *edits):
+    """Files in which something is replaced: (path, old, new), or (path, a function that changes parameters)."""
+    files = {workspace / path: (workspace / path).read_text() for path in ("params.yaml", *(e[0] for e in edits))}
+    try:
+        for path, *change in edits:
+            if callable(change[0]):
+                edit(workspace, change[0])
+            else:
+                text = (workspace / path).read_text()
+                assert change[0] in text, f"{path} has no {change[0]}"
+                (workspace / path).write_text(text.replace(*change, 1))
+        yield
+    finally:
+        for file, text in files.items():
+            file.write_text(text)
+
+
+def test_what_means_the_same_reruns_nothing(workspace):
+    """Comments, docstrings, orders, defaults written out, where and how stages run."""
+    def reordered(params):
+        params["train"]["c2i"]["optimizer"]["weight_decay"] = 0.0  # as by default
+        for key in [*params["train"]][::-1]:
+            params["train"][key] = params["train"].pop(key)
+
+    with edited(workspace, ("README.md", "readme", "text"),
+                ("clusters/local.yaml", "max_failures: 2", "max_failures: 3"),
+                ("pixelgen/losses.py", '"""', '"""Described otherwise: '),
+                ("pixelgen/objective.py", "\nimport torch", "\n# a comment\nimport torch"),
+                ("pipeline/cluster.py", "\nimport json", "\nEDITED = True\nimport json"),
+                ("params.yaml", "# The demo", "# A demo"), ("params.yaml", reordered)):
+        assert changed(workspace) == set()
+
+
+def test_what_is_recorded_of_a_run_makes_nothing_anew(workspace):
+    """It is shown in the report, as are the settings of a training that last."""
+    with edited(workspace, ("pixelgen/config.py", "keep_checkpoints: int = 3", "keep_checkpoints: int = 4"),
+                ("params.yaml", lambda p: p["train"]["c2i"]["run"].update(log_every=3, grid_every=None))):
+        assert changed(workspace) == {"report"}
+
+
+@pytest.mark.parametrize(("change", "rerun"), [
+    (("pixelgen/losses.py", "\nimport torch", "\nEDITED = True\nimport torch"), {*TRAINED, *DRAWN}),
+    (("pixelgen/samplers.py", "\nimport torch", "\nEDITED = True\nimport torch"), {*DRAWN}),
+    (("pixelgen/prompts.py", "\nimport json", "\nEDITED = True\nimport json"), {"prompts@geneval", *DRAWN}),
+    (("pixelgen/data/captions.py", '("A photo of "', '("A view of "'),
+     {"weights", "reference@digits", *TRAINED, *DRAWN}),
+    (("pixelgen/config.py", "weight_decay: float = 0.0", "weight_decay: float = 0.1"), {*TRAINED, *DRAWN}),
+], ids=["a loss", "a sampler", "prompts", "prefixes of prompts", "a default"])
+def test_an_edit_reruns_what_means_something_else_now(workspace, change, rerun):
+    with edited(workspace, change):
+        assert changed(workspace) == rerun
+
+
+def test_a_change_is_shown_with_its_resolved_value(workspace):
+    """Also of a default, which params.yaml does not mention."""
+    with edited(workspace, ("params.yaml", lambda p: p["train"]["c2i"]["optimizer"].update(weight_decay=0.1))):
+        dvc(workspace, "repro", "params")
+        shown = json.loads(dvc(workspace, "params", "diff", "--json"))
+    (name, values), = shown["out/params.json"].items()
+    assert (name, values["old"], values["new"]) == ("train.c2i.optimizer.weight_decay", 0.0, 0.1)
+
+
+def test_what_other_versions_make_the_same_reruns_nothing(workspace):
+    """Prompts are made again, under another Ray: their manifest says so, their identity is the same."""
+    out = workspace / "out/prompts/geneval"
+    manifest, identity = (out / "manifest.json").read_text(), (out / "identity").read_text()
+    with edited(workspace, ("pipeline/storage.py", "    return {name:", "    return {'ray': '9.9'} or {name:")):
+        dvc(workspace, "repro", "--force", "--single-item", "prompts@geneval")
+        assert json.loads((out / "manifest.json").read_text()) == json.loads(manifest) | {"versions": {"ray": "9.9"}}
+        assert (out / "identity").read_text() == identity
+        assert changed(workspace) == set()
+    checked = subprocess.run([sys.executable, "-m", "pipeline", "check"], cwd=workspace, env=environment(workspace),
+                             text=True, capture_output=True, check=True)
+    assert "out/prompts/geneval: " in checked.stdout and "ray 9.9, now " in checked.stdout
+
+
+def test_more_steps_go_on_where_the_run_was(workspace):
+    """And end at the bits of one long run."""
+    run = run_of(workspace, "c2i")
+    saved = {path: path.stat().st_mtime_ns for path in run.glob("checkpoints/*.pt")}
+    with edited(workspace, ("params.yaml", lambda p: p["train"]["c2i"]["fit"].update(steps=36))):
+        assert "training goes on from step 30" in dvc(workspace, "repro", "train@c2i", cluster="one")
+        alone = alone_in(workspace, "longer")
+    assert run_of(workspace, "c2i") == run
+    kept = [path for path in saved if path.exists()]
+    assert kept and all(path.stat().st_mtime_ns == saved[path] for path in kept)
+    assert digest(alone / "model/ema.safetensors") == digest(workspace / "out/train/c2i/model/ema.safetensors")
+    steps = [line.split(",")[0] for line in (workspace / "out/train/c2i/curve.csv").read_text().splitlines()]
+    assert steps == ["step", *(str(s) for s in range(2, 37, 2))]
+    dvc(workspace, "repro", "train@c2i")
+    assert len((workspace / "out/train/c2i/curve.csv").read_text().splitlines()) == 16
+    shutil.rmtree(workspace / "longer")
 
 
 def test_samples_do_not_depend_on_the_size_of_parts_or_the_number_of_actors(workspace):
@@ -189,14 +292,14 @@ def test_training_survives_kill_9(workspace):
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 240
-        while not any(workspace.glob("runs/train@c2i/*/checkpoints/step-*.pt")):
+        while not any(workspace.glob("runs/train/*/checkpoints/step-*.pt")):
             assert process.poll() is None and time.monotonic() < deadline, "no checkpoint appeared"
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
     finally:
         process.kill()
         process.wait()
-    (run,) = workspace.glob("runs/train@c2i/*")
+    (run,) = workspace.glob("runs/train/*")
     assert not (run / "checkpoints/step-00000030.pt").exists(), "killed too late to show anything"
     dvc(workspace, "repro", "train@c2i")
     assert {p.name: digest(p) for p in model.iterdir()} == undisturbed
@@ -208,7 +311,7 @@ def test_one_worker_gives_the_bits_of_two(workspace, patch):
     """Training and sampling in one process, without Ray, or with a single worker of Ray's."""
     files = [p for name in ("train/c2i/model", "sample/c2i") for p in sorted((workspace / "out" / name).iterdir())]
     before = {path: digest(path) for path in files}
-    for path in ("runs/train@c2i", "runs/sample@c2i", "out/train/c2i", "out/sample/c2i"):
+    for path in ("runs/train", "runs/sample", "out/train/c2i", "out/sample/c2i"):
         shutil.rmtree(workspace / path, ignore_errors=True)
     program = f"""import sys
 from pipeline import cluster
@@ -244,3 +347,44 @@ def test_the_command_line_draws_from_the_trained_model(workspace, capsys):
     assert Image.open(picture).size == (3 * 34 - 2, 32)
     assert main([*arguments, "10"]) == 1
     assert "labels [10] are outside 0 to 9" in capsys.readouterr().err
+
+
+def test_experiments_of_the_queue_do_not_disturb_each_other(workspace):
+    """Two at a time, each in a checkout of its own, without the data and the runs that git does not carry: they use
+    those of the main one. Each ends where a training of its own parameters ends that nobody is beside."""
+    dvc(workspace, "repro", "train@c2i")
+    commit(workspace)
+    for number in range(12):
+        (workspace / f"data/pictures/{number % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 32), (number, 0, 0)).save(workspace / f"data/pictures/{number % 2}/{number}.png")
+    pictures = "++datasets.pictures={sources: {p: {format: image_folder, path: data/pictures}}, image_sizes: [32]}"
+    ablations = {"perceptual": ["shard@pictures", "-S", "train.c2i.objective.lpips_weight=0.2", "-S", pictures],
+                 "decay": ["-S", "++train.c2i.optimizer.weight_decay=0.1"]}
+    before = {*(workspace / "runs/train").iterdir()}
+    for name, arguments in ablations.items():
+        dvc(workspace, "exp", "run", "--queue", "--name", name, "train@c2i", *arguments)
+    try:
+        dvc(workspace, "queue", "start", "--jobs", "2", cluster="one")
+        deadline = time.monotonic() + 400
+        while (status := dvc(workspace, "queue", "status")) and ("Queued" in status or "Running" in status):
+            assert time.monotonic() < deadline, status
+            time.sleep(1)
+    finally:
+        dvc(workspace, "queue", "stop", "--kill", check=False)
+    printed = {name: dvc(workspace, "queue", "logs", name) for name in ablations}
+    assert status.count("Success") == 2, printed
+    for text in printed.values():
+        assert re.findall("Running stage '(train.*)'", text) == ["train@c2i"]
+    assert "Running stage 'shard@pictures'" in printed["perceptual"]
+    made = {*(workspace / "runs/train").iterdir()} - before
+    assert len(made) == 2 and not [*(workspace / ".dvc/tmp/exps").glob("*/runs")]
+    ends = {digest(run / "checkpoints/step-00000030.pt") for run in made}
+    for change in (lambda p: p["train"]["c2i"]["objective"].update(lpips_weight=0.2),
+                   lambda p: p["train"]["c2i"]["optimizer"].update(weight_decay=0.1)):
+        with edited(workspace, ("params.yaml", change)):
+            ends.remove(digest(alone_in(workspace, "apart") / "checkpoints/step-00000030.pt"))
+        shutil.rmtree(workspace / "apart")
+    shown = json.loads(dvc(workspace, "params", "diff", "--json", "decay", "perceptual"))["out/params.json"]
+    assert {name: (v["old"], v["new"]) for name, v in shown.items()} == {
+        "train.c2i.objective.lpips_weight": (0.1, 0.2), "train.c2i.optimizer.weight_decay": (0.1, 0.0)} | {
+        name: (v["old"], v["new"]) for name, v in shown.items() if name.startswith("datasets.pictures.")}

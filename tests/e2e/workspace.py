@@ -49,14 +49,19 @@ def edit(workspace, change):
     yaml.dump(data, workspace / "params.yaml")
 
 
+def resolve(workspace):
+    """Run the first stage by hand, for stages that are run by hand."""
+    subprocess.run([sys.executable, "-m", "pipeline.params"], cwd=workspace, env=environment(workspace), check=True)
+
+
 def environment(workspace):
     paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
     return {**os.environ, "PATH": os.pathsep.join(paths), "PYTHONPATH": str(workspace)}
 
 
-def dvc(workspace, *arguments, check=True):
-    done = subprocess.run(["dvc", *arguments], cwd=workspace, env=environment(workspace), text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def dvc(workspace, *arguments, check=True, cluster="local"):
+    done = subprocess.run(["dvc", *arguments], cwd=workspace, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, env=environment(workspace) | {"PIXELGEN_CLUSTER": cluster})
     assert not check or done.returncode == 0, done.stdout
     return done.stdout
 

@@ -9,7 +9,7 @@ import pytest
 from pipeline import store
 from pipeline.storage import Storage
 from pixelgen.manifest import read_manifest
-from tests.e2e.workspace import edit
+from tests.e2e.workspace import edit, resolve
 from tests.faults.table import fault
 from tests.faults.test_sample import PARTS
 from tests.faults.workspace import Workspace, build_empty
@@ -25,10 +25,11 @@ def remote(workspace, s3, faults, tmp_path):
     root = f"{s3.url}/store"
 
     def change(params):
-        params["storage"]["root"] = root
-        params["train"]["c2i"]["fit"] |= {"checkpoint_every": 12, "keep_every": None}  # each is sent: few
+        params["storage"] = {"root": root}
+        params["train"]["c2i"]["run"] |= {"checkpoint_every": 12, "keep_every": None}  # each is sent: few
 
     edit(remote.path, change)
+    resolve(remote.path)
     store.client.cache_clear()
     shutil.copytree(workspace.kept / "out/weights", remote.out("weights"))
     manifest = read_manifest(remote.out("weights"), None)

@@ -22,7 +22,7 @@ DVC = ["dvc", "repro", "--single-item", "sample@c2i"]
 @fault("kill -9 of an actor", "sample", "Ray Data does its part again")
 @fault("a flipped bit in a finished part", "sample", "one line names it; started again, it alone is redone")
 def test_sample(workspace, fillable, identical):
-    runs = workspace.path / "runs/sample@c2i"
+    runs = workspace.path / "runs/sample"
     with contextlib.ExitStack() as stack:
         if fillable:
             stack.enter_context(mounted(runs, "size=2g"))

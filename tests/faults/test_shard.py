@@ -9,7 +9,7 @@ STAGE = "shard"
 
 
 def reports(workspace):
-    return sorted(workspace.path.glob("runs/shard@digits/*/reports/*.json"))
+    return sorted(workspace.path.glob("runs/shard/*/reports/*.json"))
 
 
 @fault("SIGTERM, as before a machine is taken away", "shard", "exit status 143; started again, it goes on")
@@ -30,10 +30,10 @@ def test_shard(workspace, fillable, identical):
     flip(before[0])
     assert f"{before[0].name} of" in (line := workspace.refused("shard")) and "redo it alone" in line
     assert not before[0].exists() and reports(workspace) == before[1:]
-    shards = sorted(workspace.path.glob("runs/shard@digits/*/shards/*.parquet"))
+    shards = sorted(workspace.path.glob("runs/shard/*/shards/*.parquet"))
     flip(shards[0])
     if fillable:
-        runs = workspace.path / "runs/shard@digits"
+        runs = workspace.path / "runs/shard"
         inodes = sum(1 for _ in runs.rglob("*")) + 4
         with mounted(runs, f"size=1g,nr_inodes={inodes}"):  # bytes enough for what it asks first, but not for files
             line = workspace.refused("shard")

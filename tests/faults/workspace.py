@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.e2e.workspace import digest, environment, make, unmeasured
+from tests.e2e.workspace import digest, environment, make, resolve, unmeasured
 
 STAGES = {"weights": [], "shard": ["digits"], "reference": ["digits"], "train": ["c2i"], "sample": ["c2i"],
           "evaluate": ["fid"]}  # with what they are called on, in the order of the workflow
@@ -30,9 +30,9 @@ def tiny(params):
         params[section] = {k: v for k, v in params[section].items() if k in ("digits", "c2i", "fid")}
     params["weights"]["networks"] = ["dino", "lpips", "digits"]
     c2i = params["train"]["c2i"]
-    c2i["fit"] |= {"steps": 48, "batch_size": 16, "checkpoint_every": 3, "keep_every": 3, "log_every": 2,
-                   "grid_every": 24}  # checkpoints stay, so that each can be compared
-    c2i["grid_sampler"]["steps"] = 2
+    c2i["fit"] |= {"steps": 48, "batch_size": 16}
+    c2i["run"] |= {"checkpoint_every": 3, "keep_every": 3, "log_every": 2, "grid_every": 24}  # each can be compared
+    c2i["run"]["grid_sampler"]["steps"] = 2
     params["sample"]["c2i"] |= {"per_prompt": 6, "part_size": 2}
     params["sample"]["c2i"]["sampler"] |= {"name": "euler", "steps": 3}
 
@@ -47,7 +47,7 @@ class Workspace:
 
     def run_directory(self, stage):
         """The one of a stage that has been started."""
-        (found,) = self.path.glob(f"runs/{stage}@*/*/")
+        (found,) = self.path.glob(f"runs/{stage}/*/")
         return found
 
     def out(self, stage):
@@ -55,7 +55,7 @@ class Workspace:
 
     def parts(self, stage):
         """The finished parts of a stage's run."""
-        return sorted(self.path.glob(f"runs/{stage}@*/*/part-*"))
+        return sorted(self.path.glob(f"runs/{stage}/*/part-*"))
 
     def written(self, stage):
         """When each of them was: (path, ns) pairs."""
@@ -68,13 +68,13 @@ class Workspace:
 
     def forget(self, stage):
         """Let a stage be as if it had never run."""
-        for path in (self.out(stage), *self.path.glob(f"runs/{stage}@*")):
+        for path in (self.out(stage), self.path / "runs" / stage):
             shutil.rmtree(path, ignore_errors=True)
 
     def begin(self, stage, step):
         """Let training be where the undisturbed run was after a step."""
         self.forget(stage)
-        (kept,) = self.kept.glob(f"runs/{stage}@*/*")
+        (kept,) = self.kept.glob(f"runs/{stage}/*")
         later = [p.name for p in kept.glob("*/step-*") if int(p.name[5:13]) > step]
         shutil.copytree(kept, self.path / kept.relative_to(self.kept), ignore=shutil.ignore_patterns("ray", *later))
 
@@ -82,7 +82,7 @@ class Workspace:
         """The undisturbed outputs of a stage and its run directory."""
         self.forget(stage)
         for path in (self.out(stage), *(self.path / p.relative_to(self.kept) for p in
-                                        self.kept.glob(f"runs/{stage}@*"))):
+                                        self.kept.glob(f"runs/{stage}"))):
             shutil.copytree(self.kept / path.relative_to(self.path), path)
 
     def call(self, stage):
@@ -227,7 +227,7 @@ def build_empty(path, change=tiny):
     make(path, change)
     local = (path / "clusters/local.yaml").read_text()
     (path / "clusters/frail.yaml").write_text(local.replace("max_failures: 2", "max_failures: 0"))
-    subprocess.run([sys.executable, "-m", "pipeline.params"], cwd=path, env=environment(path), check=True)
+    resolve(path)
     return path
 
 

@@ -271,7 +271,7 @@ def test_toy_training_steps():
     objective.draws = Draws(a["noise"], a["t"], torch.zeros(TOY["batch"], dtype=torch.long))
     model = ToyModel(ToyDenoiser(a, TOY["patch"]), a)
     state = TrainState(model, ema_copy(model.denoiser), torch.optim.SGD(model.parameters(), lr=0.0, fused=True))
-    fit = FitConfig(1, TOY["batch"], 1, 0, 0.9, "fp32", False, 1, 1, None, 1, None, "stop")
+    fit = FitConfig(1, TOY["batch"], 1, 0, 0.9, "fp32", False)
     for row in TOY["rows"]:
         state.step = row["global_step"]
         images = (a["x"] + 1) * 127.5  # as the loop's own conversion expects them, though not whole numbers

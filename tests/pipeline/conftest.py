@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import runs
 from pipeline.datasets.work import read_report, write_job
 from pipeline.params import DatasetParams, StorageParams
 from pipeline.stages import shard
@@ -20,8 +19,7 @@ def shard_stage(tmp_path, monkeypatch):
     work.mkdir()
     monkeypatch.chdir(work)
     monkeypatch.setattr(sys, "argv", ["shard", "name"])
-    monkeypatch.setattr(runs, "code_hash", lambda stage: "code")
-    monkeypatch.setattr(shard, "read_params", lambda: dataclasses.make_dataclass("P", ["datasets", "storage"])(
+    monkeypatch.setattr(shard, "resolved_params", lambda: dataclasses.make_dataclass("P", ["datasets", "storage"])(
         chosen, StorageParams(None)))
     monkeypatch.setattr(shard, "read_cluster", lambda: None)
     chosen: dict[str, DatasetParams] = {}

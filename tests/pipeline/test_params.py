@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.params import NOTHING, OK, Params, fingerprint, read_params
+from pipeline import params
+from pipeline.params import CODE, NOTHING, RESOLVED, Params, fingerprint, read_params, resolved_params
 from pixelgen.config import ConfigError, load
 from pixelgen.models import build_denoiser
 from pixelgen.recipe import read_yaml
@@ -26,9 +27,9 @@ def demo():
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
 def test_every_preset_loads_and_builds_its_model(path):
-    params = read_params(path)
-    assert params.train
-    for train in params.train.values():
+    whole = read_params(path)
+    assert whole.train
+    for train in whole.train.values():
         with torch.device("meta"):
             build_denoiser(train.denoiser.resolve())
         assert train.fit.lanes % 2 == 0
@@ -50,9 +51,17 @@ def test_the_presets_hold_the_papers_settings():
     assert all(t.objective.repa_hidden is None for t in ladder.values()), "as wide as the denoiser"
 
 
+def test_the_presets_of_xl_are_one_run():
+    """The longer goes on where the shorter ends, and a checkpoint of that is kept."""
+    short, long = (read_params(ROOT / f"presets/imagenet256-xl{name}.yaml").train["c2i"] for name in ("", "-cfg"))
+    assert short.trajectory == long.trajectory and short.dataset == long.dataset
+    assert (short.fit.steps, long.fit.steps) == (400_000, 800_000)
+    assert short.run.keep_every == long.run.keep_every == short.fit.steps
+
+
 def test_the_text_preset_holds_the_papers_settings():
-    params = read_params(ROOT / "presets/t2i-xxl.yaml")
-    chain = [params.train[key] for key in ("t2i-256", "t2i-512", "sft")]
+    whole = read_params(ROOT / "presets/t2i-xxl.yaml")
+    chain = [whole.train[key] for key in ("t2i-256", "t2i-512", "sft")]
     assert [t.init for t in chain] == ["none", "t2i-256", "t2i-512"]
     assert [(t.denoiser.image_size, t.fit.batch_size, t.optimizer.lr, t.optimizer.betas) for t in chain] == [
         (256, 1536, 2e-4, (0.9, 0.95)), (512, 512, 1e-4, (0.9, 0.95)), (512, 512, 1e-5, (0.9, 0.999))]
@@ -60,7 +69,7 @@ def test_the_text_preset_holds_the_papers_settings():
     assert all(t.optimizer.clip == 1.0 and t.fit.ema_decay == 0.9999 and t.denoiser.size == "XXL/16" for t in chain)
     assert [t.fit.batch_size // t.fit.lanes for t in chain] == [8, 8, 8]
     assert all(t.objective.repa_hidden is None for t in chain), "as wide as the denoiser"
-    sampler = params.sample["geneval"].sampler
+    sampler = whole.sample["geneval"].sampler
     assert (sampler.name, sampler.order, sampler.steps, sampler.guidance, sampler.timeshift) == (
         "adams_bashforth", 2, 25, 4.0, 3.0)
 
@@ -147,7 +156,10 @@ def replaced(data, dotted, value):
     ("datasets.digits.image_sizes", [64, 32], "image_sizes [64, 32] must be ascending"),
     ("datasets.digits.image_sizes", [32, 64], "image_sizes: labelled data has exactly one"),
     ("datasets.digits.image_sizes", [4], "image_sizes: 4 must be at least 8"),
-    ("datasets.digits.heldout", 0.1, "heldout: digits come with their own split: set it to null"),
+    ("datasets.digits.heldout", 0.1, "heldout 0.1: digits come with their own split: leave it out"),
+    ("datasets.scenes-sft.heldout", 1.0, "heldout 1.0 must lie in [0, 1)"),
+    ("train.c2i.run.log_evry", 3, "train.c2i.run: key: 'log_evry' is not known (did you mean 'log_every'?)"),
+    ("train.c2i.run.grid_sampler.order", 2, "train.c2i.run.grid_sampler: order 2: only adams_bashforth has one"),
     ("weights.directory", "x", "directory is for published weights"),
 ])
 def test_a_mistake_names_the_key_and_the_choices(demo, dotted, value, says):
@@ -158,14 +170,58 @@ def test_a_mistake_names_the_key_and_the_choices(demo, dotted, value, says):
 
 def test_what_the_first_stage_writes_is_in_the_workflow():
     outs = read_yaml(ROOT / "dvc.yaml")["stages"]["params"]["outs"]
-    assert outs == [path.as_posix() for path in (OK, *NOTHING)]
+    assert outs == [path.as_posix() for path in (RESOLVED, CODE, *NOTHING)]
 
 
 def test_a_missing_key_is_a_mistake(demo):
     data = copy.deepcopy(demo)
-    del data["train"]["c2i"]["fit"]["seed"]
-    with pytest.raises(ConfigError, match=r"train\.c2i\.fit: missing key seed"):
+    del data["train"]["c2i"]["dataset"]
+    with pytest.raises(ConfigError, match=r"train\.c2i: missing key dataset; needed: denoiser, dataset, init"):
         load(Params, data)
+
+
+def test_what_is_not_said_is_as_by_default(demo):
+    """A section that is given in part keeps what its default has of the rest, not what its class has."""
+    data = copy.deepcopy(demo)
+    data["train"]["c2i"]["run"] = {"grid_sampler": {"steps": 3}}
+    run = load(Params, data).train["c2i"].run
+    assert (run.grid_sampler.steps, run.grid_sampler.name, run.grid_sampler.guidance) == (3, "euler", 2.25)
+    assert run.checkpoint_every == 5000
+    said = copy.deepcopy(demo)
+    said["train"]["c2i"]["objective"]["balance_every"] = 50
+    said["train"] = dict(reversed(said["train"].items()))
+    assert load(Params, said) == load(Params, demo)
+
+
+@pytest.fixture
+def resolved(tmp_path, monkeypatch):
+    """A workspace where the first stage has run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    assert params.main() == 0
+    return tmp_path
+
+
+def test_stages_read_what_the_first_one_has_resolved(resolved, capsys):
+    assert resolved_params() == read_params()
+    text = (resolved / "params.yaml").read_text()
+    (resolved / "params.yaml").write_text(text.replace("seed: 1", "seed: 1  # a comment"))
+    assert resolved_params() == read_params() and capsys.readouterr().err == ""
+    for other in text.replace("steps: 500", "steps: 600"), "train: [":
+        (resolved / "params.yaml").write_text(other)
+        assert resolved_params().train["c2i"].fit.steps == 500
+        assert "params.yaml has changed since this run began, which keeps to out/params.json" in capsys.readouterr().err
+    (resolved / "out/params.json").unlink()
+    with pytest.raises(ConfigError, match=r"out/params.json is missing: run `dvc repro params` first"):
+        resolved_params()
+
+
+def test_a_mistake_leaves_what_was_resolved_before(resolved, capsys):
+    before = {path: (resolved / path).read_bytes() for path in (RESOLVED, CODE)}
+    (resolved / "params.yaml").write_text((ROOT / "params.yaml").read_text().replace("betas: ", "beta: "))
+    assert params.main() == 1
+    assert "train.c2i.optimizer: key: 'beta' is not known (did you mean 'betas'?)" in capsys.readouterr().err
+    assert {path: (resolved / path).read_bytes() for path in before} == before
 
 
 @pytest.mark.parametrize(("text", "says"), [

@@ -39,10 +39,9 @@ def stage(tmp_path, monkeypatch):
     """A working directory with out/shard/plain of 20 training images, and the stage to run in it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["reference", "name"])
-    monkeypatch.setattr(reference, "read_params", lambda: dataclasses.make_dataclass("P", ["reference", "storage"])(
+    monkeypatch.setattr(reference, "resolved_params", lambda: dataclasses.make_dataclass("P", ["reference", "storage"])(
         chosen, StorageParams(None)))
     monkeypatch.setattr(reference, "read_cluster", lambda: Cluster(None, 1, 0.5, 0, 1, 0, 1, None))
-    monkeypatch.setattr("pipeline.runs.code_hash", lambda stage: "")
     monkeypatch.setattr(reference, "load_extractor", load_extractor)
     chosen: dict[str, ReferenceParams] = {}
     params = folder_params(make_plain(tmp_path / "data", classes=2, each=10), rows_per_shard=6)
@@ -88,7 +87,7 @@ def test_statistics_are_of_every_training_image(stage):
     np.testing.assert_allclose(found.sigma_s, np.cov(spatial.T), rtol=1e-5, atol=1e-4)
     manifest = read_manifest(Path("out/reference/name"), "reference")
     assert {k: manifest[k] for k in ("extractor", "dataset", "images")} == {
-        "extractor": "means", "dataset": "plain", "images": 7}
+        "extractor": "means", "dataset": Path("out/shard/plain/identity").read_text().strip(), "images": 7}
     assert [f["path"] for f in manifest["files"]] == ["reference.npz"]
 
 
@@ -122,7 +121,7 @@ def test_parts_change_nothing_but_rounding_and_are_done_once(stage, monkeypatch)
         patched.setattr(reference, "merged", interrupted)
         with pytest.raises(KeyboardInterrupt):
             stage(PARAMS)
-    run, = Path("runs/reference@name").iterdir()
+    run, = Path("runs/reference").iterdir()
     assert [p.name for p in sorted(run.glob("part-*"))] == [f"part-{n:09d}.npz" for n in (0, 7, 14)]
     assert len([*run.glob("kept-*")]) > 3  # of two images at most
     (run / "part-000000007.npz").unlink()

@@ -56,7 +56,8 @@ def test_the_paper_is_marked_as_such():
 def test_a_run_may_train_and_evaluate_nothing(tmp_path, monkeypatch):
     params = read_params()
     one = {"c2i": params.train["c2i"]}
-    monkeypatch.setattr(report, "read_params", lambda: dataclasses.replace(params, train=one, sample={}, evaluate={}))
+    changed = dataclasses.replace(params, train=one, sample={}, evaluate={})
+    monkeypatch.setattr(report, "resolved_params", lambda: changed)
     monkeypatch.chdir(tmp_path)
     Path("out/train/c2i/grids").mkdir(parents=True)
     Path("out/train/c2i/curve.csv").write_text("step,loss\n10,3.0\n20,2.0\n")

@@ -3,10 +3,12 @@
 import contextlib
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -29,29 +31,16 @@ with lease(Path(sys.argv[1]), patience=0):
 """
 
 
-@pytest.fixture
-def described(tmp_path, monkeypatch):
+def test_a_run_is_named_by_parameters_inputs_and_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pixelgen").mkdir()
-    (tmp_path / "pixelgen/a.py").write_text("a = 1\n")
-    (tmp_path / "pixelgen/b.py").write_text("b = 1\n")
-    (tmp_path / "dvc.yaml").write_text(
-        "stages:\n  one: {cmd: x, deps: [pixelgen, data]}\n"
-        "  many: {foreach: [], do: {cmd: x, deps: [pixelgen/a.py]}}\n")
-    return tmp_path
-
-
-def test_a_run_is_named_by_parameters_and_code(described):
-    first = runs.run_directory("many", "k", {"lr": 1}, "hash")
-    assert first.is_dir() and first.parent.name == "many@k"
-    assert runs.run_directory("many", "k", {"lr": 1}, "hash") == first
-    assert runs.run_directory("many", "k", {"lr": 2}, "hash") != first
-    (described / "pixelgen/b.py").write_text("b = 2\n")  # no dep of `many`, one of `one`
-    assert runs.run_directory("many", "k", {"lr": 1}, "hash") == first
-    whole = runs.code_hash("one")
-    (described / "pixelgen/a.py").write_text("a = 2\n")
-    assert runs.run_directory("many", "k", {"lr": 1}, "hash") != first
-    assert runs.code_hash("one") != whole
+    monkeypatch.setattr(runs, "digest", {"many": "code", "one": "code"}.get)
+    first = runs.run_directory("many", {"lr": 1}, "hash")
+    assert first.is_dir() and first.parent == Path("runs/many")
+    assert runs.run_directory("many", {"lr": 1}, "hash") == first == runs.run_path("many", {"lr": 1}, "hash")
+    assert runs.run_directory("many", {"lr": 2}, "hash") != first
+    assert runs.run_directory("many", {"lr": 1}, "other") != first
+    monkeypatch.setattr(runs, "digest", {"many": "other code"}.get)
+    assert runs.run_directory("many", {"lr": 1}, "hash") != first
 
 
 def start_holder(path):
@@ -71,6 +60,31 @@ def test_a_lease_keeps_others_out_and_ends_with_its_process(tmp_path):
     finally:
         holder.kill()
         holder.wait()
+
+
+def test_who_has_time_waits_for_the_lease_and_says_so(tmp_path, monkeypatch, capsys):
+    """The holder clears its folder away when it has finished: what comes next begins in a new one."""
+    path = tmp_path / "run/lease"
+    path.parent.mkdir()
+    holder = start_holder(path)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        clock = iter([0.0, *[6.0] * 50])
+        monkeypatch.setattr(runs.time, "monotonic", lambda: next(clock, 7.0))
+
+        def sleep(_):
+            shutil.rmtree(path.parent, ignore_errors=True)
+            holder.kill()
+            holder.wait()
+
+        monkeypatch.setattr(runs.time, "sleep", sleep)
+        with runs.lease(path):
+            assert path.read_text().split()[0] == str(os.getpid())
+    finally:
+        holder.kill()
+        holder.wait()
+    assert capsys.readouterr().err == (f"waiting for process {holder.pid}, which is at the same work in "
+                                       f"{path.parent}\n")
 
 
 @pytest.mark.parametrize(("holder_started", "dvc_started", "stopped"), [

@@ -473,7 +473,7 @@ def test_an_interrupted_run_on_containers_goes_on_and_gives_the_same_bytes(shard
     whole, jobs = content(Path("out/shard/name")), list(shard_stage.written)
     with pytest.raises(KeyboardInterrupt):
         shard_stage(mixed, stop=2)
-    (run,) = Path("runs/shard@name").glob("*/shards")
+    (run,) = Path("runs/shard").glob("*/shards")
     cut = next(run.glob("tars-train-32-00001-*.parquet"))
     cut.write_bytes(cut.read_bytes()[:100])
     (run / "tars-train-32-00002-0000.parquet").write_bytes(b"of a task that was killed")
@@ -522,4 +522,4 @@ def test_containers_count_by_what_is_found_in_them(shard_stage, tmp_path):
     with pytest.raises(DatasetError, match=r"(?s)1 of 4 images .* max_quarantined 0.2 of 4; .*a.tar/4"):
         shard_stage(of("webdataset", tmp_path, image="jpg", max_quarantined=0.2))
     assert shard_stage(of("webdataset", tmp_path, image="jpg", max_quarantined=0.25))["quarantined"] == 1
-    assert os.listdir("runs") == []
+    assert os.listdir("runs/shard") == []

@@ -2,7 +2,10 @@
 
 import dataclasses
 import itertools
+import json
 import math
+import re
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,22 +14,21 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import runs
 from pipeline.cluster import Cluster
 from pipeline.params import read_params
 from pipeline.rank import Run
 from pipeline.stages import train as stage
 from pipeline.storage import Storage, fresh_directory
-from pixelgen import rank
+from pixelgen import rank, recorders
 from pixelgen.checkpoint import read_state
-from pixelgen.config import MemoryConfig, ObjectiveConfig
+from pixelgen.config import MemoryConfig, ObjectiveConfig, SamplerConfig
 from pixelgen.errors import StorageError, UserError
 from pixelgen.objective import Objective
-from pixelgen.recorders import Curve, Grids, Saves
+from pixelgen.recorders import Curve, Grids, Saves, grids_upto, upto
 from pixelgen.saving import NOTES, Checkpoints, writing
 from pixelgen.store import LocalStore
 from pixelgen.train import Step, create_state
-from tests.pixelgen.conftest import StandInDino, lane_batch, tiny_config
+from tests.pixelgen.conftest import StandInDino, lane_batch, tiny_config, tiny_denoiser
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,12 +36,15 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def params():
     train = read_params(ROOT / "params.yaml").train["c2i"]
-    fit = dataclasses.replace(train.fit, steps=4, batch_size=4, checkpoint_every=2, grid_every=None, log_every=1)
-    return dataclasses.replace(train, fit=fit)
+    return changed(train, steps=4, batch_size=4, checkpoint_every=2, grid_every=None, log_every=1)
 
 
-def changed(params, **fit):
-    return dataclasses.replace(params, fit=dataclasses.replace(params.fit, **fit))
+def changed(params, **change):
+    """With other values of fields of fit and run."""
+    parts = {part: {name: value for name, value in change.items() if hasattr(getattr(params, part), name)}
+             for part in ("fit", "run")}
+    return dataclasses.replace(params, **{part: dataclasses.replace(getattr(params, part), **values)
+                                          for part, values in parts.items()})
 
 
 def training(recipe, directory):
@@ -50,15 +55,61 @@ def training(recipe, directory):
 @pytest.fixture
 def directory_of(params, monkeypatch, tmp_path):
     """The run directory that `prepare` gives parameters; its inputs are always the same."""
-    monkeypatch.setattr(runs, "RUNS", tmp_path)
-    monkeypatch.setattr(runs, "code_hash", lambda _: "code")
     monkeypatch.setattr(Run, "plan", SimpleNamespace(order=SimpleNamespace(check=lambda: None)))
     storage = Storage(None)
     for name in ("weights", "shard/digits"):
         directory = fresh_directory(tmp_path / "out" / name)
         storage.publish(directory, "weights" if name == "weights" else "dataset", {}, classes=[*range(10)])
     monkeypatch.chdir(tmp_path)
-    return lambda params: stage.prepare("c2i", params, storage, Cluster(None, 1, 1.0, 0.0, 1, 0, 1, None)).directory
+    return lambda params, key="c2i": stage.prepare(key, params, storage, Cluster(None, 1, 1.0, 0.0, 1, 0, 1, None)
+                                                   ).directory
+
+
+def test_a_training_of_an_earlier_version_is_not_begun_anew_beside_it(directory_of, params, tmp_path):
+    old = tmp_path / "runs/train@c2i/0123456789abcdef"
+    (old / "checkpoints").mkdir(parents=True)
+    with pytest.raises(StorageError, match="an earlier version: .* move it to") as refused:
+        directory_of(params)
+    new = tmp_path / re.search("move it to ([^ ,]+)", str(refused.value))[1]
+    assert not new.exists() and str(old.relative_to(tmp_path)) in str(refused.value)
+    new.parent.mkdir()
+    old.rename(new)
+    assert directory_of(params) == new
+
+
+def test_a_run_may_be_shortened_and_lengthened(params, monkeypatch, tmp_path):
+    """Steps 0 to 8 are one run, however far it is to go each time: it ends where an undisturbed one of so many steps
+    ends, and what lies beyond is kept."""
+    def lane_batches(plan, lanes, start, *_):
+        for step in itertools.count(start):
+            steps.append(step)
+            yield [lane_batch(step, lane) for lane in lanes]
+
+    def run_rank(directory, count):
+        directory.mkdir(exist_ok=True)
+        recipe = changed(params, steps=count, checkpoint_every=3, keep_checkpoints=1)
+        goal = Objective(ObjectiveConfig(repa_weight=0, pdino_weight=0, lpips_weight=0, gated=(), balance_start=None),
+                         8, torch.tensor(4), None, None)
+        state = create_state(tiny_config(), goal, params.optimizer, 0, torch.device("cpu"))
+        run = training(recipe, directory)
+        steps.clear()
+        if not run.done:
+            rank.fit_rank(run, state, goal, None, range(2), torch.device("cpu"), nullcontext(), writes=True)
+        assert run.unfinished() is None and run.done
+        return run, read_state(run.checkpoints.local(count))
+
+    monkeypatch.setattr(rank, "lane_batches", lane_batches)
+    steps: list = []
+    ends = {count: run_rank(tmp_path / f"undisturbed-{count}", count)[1] for count in (2, 5, 8)}
+    for count, trained in (5, [0, 1, 2, 3, 4]), (8, [5, 6, 7]), (2, [0, 1]), (5, [2, 3, 4]), (8, []):
+        run, end = run_rank(tmp_path / "run", count)
+        assert steps == trained
+        for name, tensor in ends[count]["model"].items():
+            assert torch.equal(tensor, end["model"][name])
+        curve = upto((tmp_path / "run/curve.csv").read_text(), count)
+        assert [line.split(",")[0] for line in curve.splitlines()] == ["step", *map(str, range(1, count + 1))]
+    assert run.checkpoints.steps() == [5, 8]
+    assert [line.split(",")[0] for line in (tmp_path / "run/curve.csv").read_text().splitlines()[1:]] == [*"12345678"]
 
 
 def test_checkpoints_that_will_not_fit_are_noticed_before_training(params, monkeypatch, tmp_path):
@@ -70,7 +121,7 @@ def test_checkpoints_that_will_not_fit_are_noticed_before_training(params, monke
     monkeypatch.setattr(rank.shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
 
     def check(**change):
-        rank.check_room(state, changed(params, **change).fit, tmp_path)
+        rank.check_room(state, changed(params, **change), tmp_path)
 
     one = 12 * rank.count(state.model) + 4 * rank.count(state.model.denoiser)
     assert state.model.projector and 12 * rank.count(state.model.projector) < one
@@ -92,14 +143,49 @@ def test_checkpoints_that_will_not_fit_are_noticed_before_training(params, monke
 
 @pytest.mark.parametrize("change", [
     {"checkpoint_every": 1}, {"keep_checkpoints": 9}, {"keep_every": 9}, {"log_every": 2}, {"grid_every": 2},
-    {"on_nonfinite": "skip(10)"},
+    {"on_nonfinite": "skip(10)"}, {"grid_sampler": SamplerConfig("heun", 3)}, {"steps": 5},
 ], ids=str)
 def test_a_run_goes_on_when_what_no_update_depends_on_is_changed(directory_of, params, change):
     assert directory_of(changed(params, **change)) == directory_of(params)
 
 
+def test_a_run_is_known_by_its_meaning(directory_of, params, tmp_path):
+    """Not by the names that its key, its dataset and the model it starts from have in params.yaml."""
+    shutil.copytree(tmp_path / "out/shard/digits", tmp_path / "out/shard/renamed")
+    renamed = dataclasses.replace(params, dataset="renamed")
+    assert directory_of(renamed) == directory_of(params, key="another")
+    manifest = json.loads((tmp_path / "out/shard/renamed/manifest.json").read_text())
+    for change, same in ({"versions": {"torch": "3.0"}}, True), ({"classes": [*range(9)]}, False):
+        (tmp_path / "out/shard/renamed/manifest.json").write_text(json.dumps(manifest | change))
+        assert (directory_of(renamed) == directory_of(params)) == same
+
+
+def test_a_network_for_the_evaluation_alone_retrains_nothing(directory_of, params, tmp_path):
+    """Training is known by those of the frozen networks that its objective has."""
+    weights, before = tmp_path / "out/weights", directory_of(params)
+
+    def with_files(*names):
+        for name in names:
+            (weights / name).mkdir(exist_ok=True)
+            (weights / name / "model.safetensors").write_bytes(b"weights")
+        Storage(None).publish(weights, "weights", {})
+        return directory_of(params)
+
+    assert with_files("clip", "text") == before
+    assert with_files("dino") != before
+
+
+def test_a_run_that_goes_on_under_other_versions_says_so(directory_of, params, capsys):
+    directory = directory_of(params)
+    assert directory_of(params) == directory and capsys.readouterr().err == ""
+    versions = json.loads((directory / "versions.json").read_text())
+    (directory / "versions.json").write_text(json.dumps(versions | {"torch": "2.0"}))
+    assert directory_of(params) == directory
+    assert f"{directory.name} was begun under torch 2.0, now {versions['torch']}: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("change", [
-    {"steps": 5}, {"batch_size": 8}, {"lanes": 4}, {"seed": 1}, {"ema_decay": 0.5}, {"precision": "bf16"},
+    {"batch_size": 8}, {"lanes": 4}, {"seed": 1}, {"ema_decay": 0.5}, {"precision": "bf16"},
     {"compile": True},
 ], ids=str)
 def test_a_run_starts_afresh_when_its_updates_change(directory_of, params, change):
@@ -130,7 +216,7 @@ def test_what_a_bad_number_stopped_goes_on_from_the_state_before_it(params, monk
     assert run_rank(params) == [2, 3]
     said = (tmp_path / "failure.txt").read_text()
     assert "step 3: loss, lpips, grad_norm not finite" in said and "'s3-1-0'" in said
-    assert f"{tmp_path}/checkpoints/step-00000003.pt" in said and "fit.on_nonfinite to skip(N)" in said
+    assert f"{tmp_path}/checkpoints/step-00000003.pt" in said and "run.on_nonfinite to skip(N)" in said
     assert run_rank(changed(params, on_nonfinite="skip(1)"))[-1] == 4
     last = read_state(tmp_path / "checkpoints/step-00000004.pt")
     assert (last["step"], last["skipped"]) == (4, 1)
@@ -146,7 +232,7 @@ def test_what_a_bad_number_stopped_goes_on_from_the_state_before_it(params, monk
 ], ids=["empty", "zeros", "cut header", "whole", "cut line", "zeros at the end"])
 def test_a_curve_that_a_full_disk_or_a_power_cut_has_left_is_gone_on_with(params, tmp_path, left, kept):
     (tmp_path / "curve.csv").write_text(left)
-    curve = Curve(tmp_path, LocalStore(tmp_path), params.fit, 4)
+    curve = Curve(tmp_path, LocalStore(tmp_path), changed(params, steps=9), 4)
     assert (curve.path.read_text() if curve.path.exists() else "") == kept
     curve.append({"step": 5, "loss": 0.25, "rate": 9})
     assert curve.path.read_text() == (kept or "step,loss,rate\n") + "5,0.25,9\n"
@@ -187,34 +273,37 @@ def test_the_most_images_of_gpus_that_are_known(params, monkeypatch):
     assert rank.most_images(params, None, torch.device("cuda"), 4) is None
 
 
-def test_what_is_recorded_when(params, tmp_path):
+def test_what_is_recorded_when(params, tmp_path, monkeypatch):
     """Lines, grids and checkpoints come every so many steps and after the last; a stop saves, and adds nothing else."""
     seen: dict = {"grid": [], "saved": []}
 
-    class Model:
-        def generate(self, wanted, seeds, sampler):
-            seen["grid"].append((wanted, [*seeds], sampler))
-            return np.zeros((len(wanted), 8, 8, 3), np.uint8)
+    def generate(self, wanted, seeds, sampler):
+        seen["grid"].append((wanted, [*seeds], sampler))
+        return np.zeros((len(wanted), 8, 8, 3), np.uint8)
 
     class Writer:
         def save(self, state, extras):
             seen["saved"].append((state.step, sorted(extras)))
 
-    fit = changed(params, steps=7, batch_size=6, log_every=2, grid_every=4, checkpoint_every=5).fit
-    curve = Curve(tmp_path, LocalStore(tmp_path), fit, 0, busiest=1e6)
-    recorders = [curve, Grids(tmp_path, fit, lambda ema: Model(), [3, 1], "sampler"), Saves(tmp_path, fit, Writer())]
+    monkeypatch.setattr(recorders.PixelGen, "generate", generate)
+    recipe = changed(params, steps=7, batch_size=6, log_every=2, grid_every=4, checkpoint_every=5)
+    averages = tiny_denoiser()
+    curve = Curve(tmp_path, LocalStore(tmp_path), recipe, 0, busiest=1e6)
+    grids = Grids(tmp_path, recipe, None, [3, 1], torch.device("cpu"))
+    listening = [curve, grids, Saves(tmp_path, recipe.run, Writer())]
     for number in range(1, 8):
-        state = SimpleNamespace(step=number, skipped=0, ema=None)
-        for recorder in recorders:
+        state = SimpleNamespace(step=number, skipped=0, ema=averages)
+        for recorder in listening:
             recorder.record(Step(state, {"loss": 0.5}, 0.01, last=number in (3, 7)))
     rows = [line.split(",") for line in curve.path.read_text().splitlines()]
     assert rows[0] == ["step", "loss", "skipped", "waiting", "images_per_second", "memory_gb", "mfu"]
     assert [row[:3] for row in rows[1:]] == [[n, "0.5", "0"] for n in "2467"]
     assert all(float(value) > 0 for row in rows[1:] for value in row[3:])
     assert all(float(row[6]) == pytest.approx(float(row[4]) / 1e6, rel=1e-4) for row in rows[1:])
-    grids = [f"grids/step-{n:08}.png" for n in (4, 7)]
-    assert seen["grid"] == [([3, 1], [0, 1], "sampler")] * 2
-    assert seen["saved"] == [(3, ["curve.csv"]), (5, ["curve.csv", grids[0]]), (7, ["curve.csv", *grids])]
+    drawn = [f"grids/step-{n:08}.png" for n in (4, 7)]
+    assert seen["grid"] == [([3, 1], [0, 1], params.run.grid_sampler)] * 2
+    assert seen["saved"] == [(3, ["curve.csv"]), (5, ["curve.csv", drawn[0]]), (7, ["curve.csv", *drawn])]
+    assert [*grids_upto(LocalStore(tmp_path), 6)] == drawn[:1]
 
 
 def test_a_damaged_last_checkpoint_is_trained_again(params, monkeypatch, tmp_path):
@@ -224,7 +313,7 @@ def test_a_damaged_last_checkpoint_is_trained_again(params, monkeypatch, tmp_pat
 
     def train(_):
         found.update(checkpoints.store.sizes(""))
-        with writing(checkpoints, 2, None) as writer:
+        with writing(checkpoints, params.run) as writer:
             for step in (2, 4):
                 writer.save(SimpleNamespace(step=step, state_dict=lambda: {"weight": torch.ones(9)}), {})
         trained.append(checkpoints.steps())
@@ -232,6 +321,7 @@ def test_a_damaged_last_checkpoint_is_trained_again(params, monkeypatch, tmp_pat
     trained: list = []
     found: dict = {}
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(stage, "resolved_params", read_params)
     monkeypatch.setattr(stage.sys, "argv", ["train", "c2i"])
     monkeypatch.setattr(stage, "prepare", lambda *_: run)
     monkeypatch.setattr(stage, "train", train)

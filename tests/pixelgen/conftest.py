@@ -18,9 +18,7 @@ TINY_TEXT: dict[str, Any] = {
     "image_size": 16, "patch_size": 8, "width": 32, "depth": 2, "text_depth": 1, "heads": 2, "bottleneck": 8,
     "text_width": 16, "text_length": 6, "mlp_ratio": 4.0}
 FIT: dict[str, Any] = {
-    "steps": 6, "batch_size": 8, "lanes": 4, "seed": 3, "ema_decay": 0.9, "precision": "fp32", "compile": False,
-    "checkpoint_every": 100, "keep_checkpoints": 1, "keep_every": None, "log_every": 100, "grid_every": None,
-    "on_nonfinite": "stop"}
+    "steps": 6, "batch_size": 8, "lanes": 4, "seed": 3, "ema_decay": 0.9, "precision": "fp32", "compile": False}
 
 
 def tiny_config(**changes: Any) -> DenoiserConfig:

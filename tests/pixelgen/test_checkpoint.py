@@ -17,7 +17,7 @@ from pixelgen.checkpoint import (
     with_hidden,
 )
 from pixelgen.config import ConfigError, ObjectiveConfig, OptimizerConfig
-from pixelgen.models import SIZES
+from pixelgen.models import SIZES, hidden_width
 from pixelgen.models.jit_t2i import JiTText
 from pixelgen.objective import Objective
 from pixelgen.train import create_state
@@ -178,9 +178,9 @@ def test_the_ratio_of_the_hidden_width_is_found_again(config):
     for width in (32, 768, 1024, 1152, 1536):
         for ratio in (1.0, 8 / 3, 2.5, 3.0, 4.0, 6.0):
             whole = config(width=width, mlp_ratio=ratio)
-            assert with_hidden(whole.hidden, config(width=width)) == whole
+            assert with_hidden(hidden_width(whole), config(width=width)) == whole
     for hidden in range(1, 200):
-        assert with_hidden(hidden, config()).hidden == hidden
+        assert hidden_width(with_hidden(hidden, config())) == hidden
     with pytest.raises(ConfigError, match="mlp_ratio 0.0"):
         with_hidden(0, config())
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pixelgen.config import ConfigError
-from pixelgen.models import SIZES, denoiser_config, jit_t2i
+from pixelgen.models import SIZES, denoiser_config, hidden_width, jit_t2i
 from pixelgen.models.jit import JiT
 from pixelgen.models.jit_t2i import JiTText
 from pixelgen.models.layers import (
@@ -120,7 +120,7 @@ def test_dropout_is_for_those_who_draw_its_masks():
     model = tiny_denoiser(depth=4, dropout=0.3, in_context_start=2)
     torch.manual_seed(0)
     masks = model.draw_dropout(1000)
-    tokens, width, hidden = 4, model.config.width, model.config.hidden
+    tokens, width, hidden = 4, model.config.width, hidden_width(model.config)
     assert [[m if m is None else (*m.shape,) for m in pair] for pair in masks] == [
         [None, None], [(1000, tokens, width), (1000, tokens, hidden)],
         [(1000, tokens + 2, width), (1000, tokens + 2, hidden)], [None, None]]

@@ -8,6 +8,7 @@ import torch
 
 from pixelgen import saving as module
 from pixelgen.checkpoint import read_state
+from pixelgen.config import RunConfig
 from pixelgen.errors import StorageError
 from pixelgen.saving import Checkpoints, Writer, writing
 from pixelgen.store import LocalStore
@@ -30,18 +31,18 @@ def checkpoints(tmp_path):
 
 
 def save(checkpoints, *steps, keep=10, every=None):
-    with writing(checkpoints, keep, every) as writer:
+    with writing(checkpoints, RunConfig(keep_checkpoints=keep, keep_every=every)) as writer:
         for step in steps:
             writer.save(State(step, torch.full((3,), float(step))), {})
 
 
 def test_what_is_saved_is_what_was_there_at_the_time(checkpoints):
     state = State(5, torch.ones(3))
-    writer = Writer(checkpoints, 1, None)
+    writer = Writer(checkpoints, RunConfig(keep_checkpoints=1))
     writer.save(state, {})
     state.weight += 1  # the next step, before the file is written
     writer.wait()
-    assert checkpoints.recover() == 5
+    assert checkpoints.recover(100) == 5
     found = read_state(checkpoints.local(5))
     assert found["step"] == 5 and found["optimizer"][1] == (1, "a")
     assert found["optimizer"][0]["weight"].tolist() == [1, 1, 1]
@@ -49,7 +50,7 @@ def test_what_is_saved_is_what_was_there_at_the_time(checkpoints):
 
 def test_memory_of_one_copy_is_used_for_the_next(checkpoints):
     """And each file holds its own step, whatever becomes of the state and of the copy."""
-    state, writer = State(1, torch.ones(3)), Writer(checkpoints, 9, None)
+    state, writer = State(1, torch.ones(3)), Writer(checkpoints, RunConfig(keep_checkpoints=9))
     places = []
     for step, weight in ((1, torch.ones(3)), (2, torch.full((3,), 2.0)), (3, torch.zeros(2, dtype=torch.bfloat16))):
         state.step, state.weight = step, weight
@@ -71,13 +72,21 @@ def test_the_last_and_every_so_manieth_are_kept(checkpoints, keep, every, left):
     assert [p.name for p in sorted(checkpoints.path(0).parent.glob("*.pt"))] == [f"step-{s:08}.pt" for s in left]
 
 
+def test_a_shorter_run_leaves_what_lies_beyond(checkpoints):
+    """And begins with what lies before its end."""
+    save(checkpoints, 10, 20, 60, keep=10)
+    assert (checkpoints.recover(59), checkpoints.recover(60), checkpoints.recover(9)) == (20, 60, None)
+    save(checkpoints, 25, 30, keep=2)
+    assert checkpoints.steps() == [25, 30, 60] and checkpoints.steps(30) == [25, 30]
+
+
 @pytest.mark.parametrize("damage", [
     lambda data: data[:-1], lambda data: b"", lambda data: data[:100] + bytes([data[100] ^ 1]) + data[101:]])
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_taken(checkpoints, damage):
     save(checkpoints, 10, 20)
     path = checkpoints.path(20)
     path.write_bytes(damage(path.read_bytes()))
-    assert checkpoints.recover() == 10
+    assert checkpoints.recover(100) == 10
     notes = checkpoints.store.read(module.NOTES).decode()
     assert "step-00000020.pt is not the checkpoint that was written" in notes
     assert notes.endswith("training goes on from step 10\n")
@@ -90,7 +99,7 @@ def test_a_damaged_description_is_no_checkpoint(checkpoints, content):
     checkpoints.path(10).with_name("step-00000010.pt.json").write_bytes(content)
     with pytest.raises(StorageError, match="damaged or missing"):
         checkpoints.local(10)
-    assert checkpoints.recover() is None
+    assert checkpoints.recover(100) is None
     assert checkpoints.store.read(module.NOTES).endswith(b"training goes on from step 0\n")
 
 
@@ -99,7 +108,7 @@ def test_a_file_without_its_description_is_unfinished(checkpoints):
     description = checkpoints.path(20).with_name("step-00000020.pt.json")
     assert json.loads(description.read_text())["size"] == checkpoints.path(20).stat().st_size
     description.unlink()
-    assert checkpoints.recover() == 10
+    assert checkpoints.recover(100) == 10
     assert not checkpoints.path(20).exists(), "nothing would ever delete it"
 
 
@@ -112,9 +121,9 @@ class Far(LocalStore):
 def test_what_an_earlier_life_has_left_on_another_machine_is_deleted(checkpoints, tmp_path):
     save(checkpoints, 10, 20)
     elsewhere = Checkpoints(tmp_path / "elsewhere", Far(tmp_path))
-    assert elsewhere.recover() == 20 and elsewhere.path(20).exists()
+    assert elsewhere.recover(100) == 20 and elsewhere.path(20).exists()
     save(checkpoints, 30, 40, keep=2)
-    assert elsewhere.recover() == 40 and not elsewhere.path(20).exists()
+    assert elsewhere.recover(100) == 40 and not elsewhere.path(20).exists()
 
 
 def test_a_full_disk_is_not_taken_for_damage(checkpoints, tmp_path, monkeypatch):
@@ -124,8 +133,8 @@ def test_a_full_disk_is_not_taken_for_damage(checkpoints, tmp_path, monkeypatch)
     save(checkpoints, 10, 20)
     monkeypatch.setattr(Far, "fetch", full, raising=False)
     with pytest.raises(StorageError, match="No space left"):
-        Checkpoints(tmp_path / "elsewhere", Far(tmp_path)).recover()
-    assert checkpoints.steps() == [10, 20] and checkpoints.recover() == 20
+        Checkpoints(tmp_path / "elsewhere", Far(tmp_path)).recover(100)
+    assert checkpoints.steps() == [10, 20] and checkpoints.recover(100) == 20
 
 
 def test_a_checkpoint_that_cannot_be_deleted_stops_nothing_and_is_told_of(checkpoints, monkeypatch):
@@ -152,10 +161,10 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_training(checkpoints, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "save_state", full)
-    writer = Writer(checkpoints, 1, None)
+    writer = Writer(checkpoints, RunConfig(keep_checkpoints=1))
     writer.save(State(1, torch.ones(1)), {})
     with pytest.raises(OSError, match="No space left"):
         writer.save(State(2, torch.ones(1)), {})
-    with pytest.raises(OSError, match="No space left"), writing(checkpoints, 1, None) as writer:
+    with pytest.raises(OSError, match="No space left"), writing(checkpoints, RunConfig(keep_checkpoints=1)) as writer:
         writer.save(State(1, torch.ones(1)), {})
     assert checkpoints.steps() == []

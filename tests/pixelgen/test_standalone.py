@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,13 +28,10 @@ RECIPE = """
 mixture: null
 text: null
 denoiser: {size: demo/16, image_size: 32, num_classes: 4, dropout: 0.1}
-objective: {repa_weight: 0.0, repa_block: 2, repa_hidden: null, lpips_weight: 0.0, pdino_weight: 0.0, pdino_block: 1,
-            gate_threshold: 0.3, gated: [], balance_start: null, balance_every: 50, condition_dropout: 0.1,
-            time_mean: -0.8, time_std: 0.8, timeshift: 1.0}
-optimizer: {lr: 1e-3, betas: [0.9, 0.95], weight_decay: 0.0, clip: 1.0}
-fit: {steps: 6, batch_size: 8, lanes: 2, seed: 0, ema_decay: 0.9, precision: fp32, compile: false, checkpoint_every: 4,
-      keep_checkpoints: 2, keep_every: null, log_every: 1, grid_every: 6, on_nonfinite: stop}
-grid_sampler: {name: euler, steps: 2, guidance: 1.0, interval: [0.0, 1.0], timeshift: 1.0, order: null}
+objective: {repa_weight: 0.0, lpips_weight: 0.0, pdino_weight: 0.0, gated: [], balance_start: null}
+optimizer: {lr: 1e-3, betas: [0.9, 0.95], clip: 1.0}
+fit: {steps: 6, batch_size: 8, lanes: 2, seed: 0, ema_decay: 0.9, precision: fp32, compile: false}
+run: {checkpoint_every: 4, keep_checkpoints: 2, log_every: 1, grid_every: 6, grid_sampler: {steps: 2, guidance: 1.0}}
 """
 
 
@@ -112,9 +110,6 @@ def test_a_stopped_training_goes_on_from_the_step_it_saved(whole, recipe, shards
     assert 0 < step < 3000 and not (out / "model").exists()
     steps = step + 3
     recipe.write_text(long.replace("steps: 6", f"steps: {steps}"))
-    made_of = json.loads((out / "made_of.json").read_text())
-    made_of["recipe"]["fit"]["steps"] = steps  # as if it had been meant to be as short from the start
-    (out / "made_of.json").write_text(json.dumps(made_of))
     assert run(recipe, shards, out) == 0 == run(recipe, shards, tmp_path / "undisturbed")
     assert digests(out, MODEL) == digests(tmp_path / "undisturbed", MODEL)
 
@@ -127,7 +122,7 @@ def test_a_finished_training_is_finished(whole, shards, capsys):
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    (("steps: 6", "steps: 7"), "holds another training: recipe.fit.steps was 6 and is 7: name another folder"),
+    (("seed: 0", "seed: 1"), "holds another training: recipe.fit.seed was 0 and is 1: name another folder"),
     (("lr: 1e-3", "lr: 2e-3"), "holds another training: recipe.optimizer.lr was 0.001 and is 0.002"),
     (("num_classes: 4", "num_classes: 3"), "denoiser.num_classes 3: dataset .* has 4 classes"),
     (("lpips_weight: 0.0", "lpips_weight: 0.1"), "has no folder lpips, which the recipe needs: .*--weights"),
@@ -149,6 +144,24 @@ def test_what_does_not_fit_is_refused_before_any_step(whole, recipe, shards, cap
 def test_what_no_update_depends_on_may_change(whole, recipe, shards):
     recipe.write_text(RECIPE.replace("log_every: 1", "log_every: 2"))
     assert run(recipe, shards, whole) == 0
+
+
+def test_a_longer_training_goes_on_from_a_shorter_one(whole, recipe, shards, tmp_path):
+    shutil.copytree(whole, tmp_path / "on")
+    recipe.write_text(RECIPE.replace("steps: 6", "steps: 9"))
+    assert run(recipe, shards, tmp_path / "on") == 0 == run(recipe, shards, tmp_path / "undisturbed")
+    assert digests(tmp_path / "on", MODEL) == digests(tmp_path / "undisturbed", MODEL)
+    steps = [line.split(",")[0] for line in (tmp_path / "on/curve.csv").read_text().splitlines()]
+    assert steps == ["step", *"123456789"]
+
+
+def test_a_folder_of_an_earlier_version_is_refused(whole, recipe, shards, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "old")
+    made_of = json.loads((whole / "made_of.json").read_text())
+    made_of["recipe"]["grid_sampler"] = {}
+    (tmp_path / "old/made_of.json").write_text(json.dumps(made_of))
+    assert run(recipe, shards, tmp_path / "old") == 1
+    assert "old holds a training of an earlier version: name another folder" in capsys.readouterr().err
 
 
 def test_a_folder_is_for_one_training_at_a_time(recipe, shards, tmp_path, capsys):

@@ -71,10 +71,10 @@ def batches(start=0, lanes=range(4), white=()):
         yield [dataclasses.replace(b, images=b.images.fill_(255)) if (step, b.lane) in white else b for b in found]
 
 
-def train(state, steps, lanes=range(4), goal=None, white=(), memory=MemoryConfig(), **options):
+def train(state, steps, lanes=range(4), goal=None, white=(), memory=MemoryConfig(), may_skip=0, **options):
     """Train up to a step number -> the metrics of each step."""
     taken = take_steps(state, batches(state.step, lanes, white), goal or objective(), OPTIMIZER,
-                       fit_config(steps=steps, **options), memory=memory)
+                       fit_config(steps=steps, **options), memory=memory, may_skip=may_skip)
     return [{"step": state.step, **step.metrics, "skipped": state.skipped} for step in taken]
 
 
@@ -249,7 +249,7 @@ def test_a_balance_that_is_not_finite_stops_too(monkeypatch):
 def test_a_skipped_step_leaves_no_trace_but_its_number(damage, capsys):
     """The run ends where it would have ended if the step had not been there."""
     skipping, without = fresh_state(), fresh_state()
-    log = train(skipping, 5, goal=spoiled(damage), white=[(2, 1)], on_nonfinite="skip(1)")
+    log = train(skipping, 5, goal=spoiled(damage), white=[(2, 1)], may_skip=1)
     assert [entry["skipped"] for entry in log] == [0, 0, 1, 1, 1] and not math.isfinite(log[2]["grad_norm"])
     assert "skipped 1 of 1: step 2: " in (said := capsys.readouterr().err) and "1: ['s2-1-0', 's2-1-1']" in said
     train(without, 2, goal=spoiled(damage))
@@ -261,11 +261,11 @@ def test_a_skipped_step_leaves_no_trace_but_its_number(damage, capsys):
 def test_one_more_than_may_be_skipped_stops(tmp_path):
     """They are counted over the whole run, across restarts."""
     state, resumed = fresh_state(), fresh_state(seed=9)
-    options = {"goal": spoiled("value"), "white": [(0, 0), (2, 1), (4, 2)], "on_nonfinite": "skip(2)"}
+    options = {"goal": spoiled("value"), "white": [(0, 0), (2, 1), (4, 2)], "may_skip": 2}
     train(state, 3, **options)
     save_state(state.state_dict(), tmp_path / "state.pt")
     load_state(resumed, tmp_path / "state.pt")
-    with pytest.raises(NonFiniteError, match=r"step 4: .*on_nonfinite: skip\(2\), 2 skipped before"):
+    with pytest.raises(NonFiniteError, match=r"step 4: .*on_nonfinite allows 2 such steps, 2 were skipped before"):
         train(resumed, 6, **options)
     assert (resumed.step, resumed.skipped) == (4, 2)
 
@@ -274,7 +274,7 @@ def skip_one_and_stop_at_the_next(lanes):
     """Step 1 is bad on the second rank alone, step 3 on the first one."""
     state = fresh_state()
     with pytest.raises(NonFiniteError) as error, contextlib.redirect_stderr(io.StringIO()) as said:
-        train(state, 6, lanes, spoiled("value"), white=[(1, 3), (3, 0)], on_nonfinite="skip(1)")
+        train(state, 6, lanes, spoiled("value"), white=[(1, 3), (3, 0)], may_skip=1)
     return {"state": state.state_dict(), "error": str(error.value), "said": said.getvalue()}
 
 
@@ -282,7 +282,7 @@ def test_ranks_skip_and_stop_together(tmp_path):
     first, second = on_ranks(2, skip_one_and_stop_at_the_next, tmp_path)
     assert first["error"] == second["error"] == (
         "step 3: loss, lpips, grad_norm not finite; no update was made. Samples by lane: {0: ['s3-0-0', 's3-0-1']} "
-        "(on_nonfinite: skip(1), 1 skipped before)")
+        "(on_nonfinite allows 1 such steps, 1 were skipped before)")
     assert "skipped 1 of 1: step 1: loss, lpips, grad_norm" in first["said"] and "{3: ['s1-3-0'," in first["said"]
     assert second["said"] == "", "one rank speaks for all"
     torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)

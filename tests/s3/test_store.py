@@ -17,11 +17,12 @@ from pipeline.runs import lease
 from pipeline.storage import Storage, fresh_directory, read_sealed, write_sealed
 from pipeline.store import S3Store, open_store, preflight, valid_root
 from pixelgen.checkpoint import read_state
+from pixelgen.config import RunConfig
 from pixelgen.data.feed import Plan, Source, read_rows
 from pixelgen.data.order import WINDOW
 from pixelgen.data.shards import describe_pieces, encode_shard
 from pixelgen.errors import StorageError, UserError
-from pixelgen.manifest import MANIFEST
+from pixelgen.manifest import IDENTITY, MANIFEST
 from pixelgen.saving import Checkpoints, writing
 from pixelgen.store import LocalStore
 from tests.s3.proxy import Answer, error, flip_bit, hold, lose_answer, reset, reset_in_body, truncate
@@ -239,12 +240,12 @@ def published(root, tmp_path, monkeypatch):
     (directory / "deep").mkdir()
     (directory / "a.bin").write_bytes(b"first")
     (directory / "deep" / "b.bin").write_bytes(b"second")
-    Storage(root).publish(directory, "model", {"size": 3}, run="runs/train@c/0123456789abcdef", steps=7)
+    Storage(root).publish(directory, "model", {"size": 3}, run="runs/train/0123456789abcdef", steps=7)
     return directory
 
 
 def test_only_the_manifest_comes_back(root, published):
-    assert [p.name for p in published.iterdir()] == [MANIFEST]
+    assert sorted(p.name for p in published.iterdir()) == [IDENTITY, MANIFEST]
     names = [*open_store(root).sizes()]
     artifact = Storage(root).open(published, "model")
     assert sorted(n for n in names if n.startswith("objects/")) == sorted(
@@ -262,7 +263,7 @@ def test_what_is_there_is_neither_sent_nor_fetched_again(root, faults, published
     manifest = (published / MANIFEST).read_bytes()
     shutil.copytree(folder, published, dirs_exist_ok=True)
     faults.clear()
-    Storage(root).publish(published, "model", {"size": 3}, run="runs/train@c/0123456789abcdef", steps=7)
+    Storage(root).publish(published, "model", {"size": 3}, run="runs/train/0123456789abcdef", steps=7)
     assert (published / MANIFEST).read_bytes() == manifest
     assert faults.count("PUT", "objects/") == 0
     Storage(root).open(published, "model").local()
@@ -354,20 +355,20 @@ def test_a_damaged_object_is_named_with_its_row_group(dataset, faults, fault, to
 def test_verify_finds_orphans_and_prunes_only_old_ones(root, published, monkeypatch, capsys):
     store, run = open_store(root), "0123456789abcdef"
     unsent = {"path": "x", "sha256": "ab" * 32}
-    write_sealed(store, f"runs/shard@d/{run}/reports/d-0.json", json.dumps({"shards": [{"file": unsent}]}).encode())
+    write_sealed(store, f"runs/shard/{run}/reports/d-0.json", json.dumps({"shards": [{"file": unsent}]}).encode())
     store.write(storage_module.object_name("ab" * 32), b"a shard whose stage goes on")
     store.write(storage_module.object_name("cd" * 32), b"nobody's")
-    store.write(f"runs/train@c/{run}/curve.csv", b"of the model")
-    store.write("runs/train@c/fedcba9876543210/curve.csv", b"of a run that was given up")
-    for marker in ("runs/", "runs/train@c/"):  # which pyarrow leaves, and which must not stand for all below
+    store.write(f"runs/train/{run}/curve.csv", b"of the model")
+    store.write("runs/train/fedcba9876543210/curve.csv", b"of a run that was given up")
+    for marker in ("runs/", "runs/train/"):  # which pyarrow leaves, and which must not stand for all below
         store.write(marker, b"")
-    Path("runs/sample@c/fedcba9876543210").mkdir(parents=True)
-    (Path("runs/shard@c/driver.lease")).parent.mkdir()
-    Path("runs/shard@c/driver.lease").write_text("1 1.0")
+    Path("runs/sample/fedcba9876543210").mkdir(parents=True)
+    (Path("runs/shard/driver.lease")).parent.mkdir()
+    Path("runs/shard/driver.lease").write_text("1 1.0")
     found = verify_module.verify(Storage(root))
     left = verify_module.orphans(Storage(root))
-    gone = [f"{root}/runs/train@c/fedcba9876543210", f"{root}/objects/cd/{'cd' * 32}", f"{root}/runs/shard@d/{run}",
-            "runs/sample@c/fedcba9876543210"]
+    gone = [f"{root}/runs/train/fedcba9876543210", f"{root}/objects/cd/{'cd' * 32}", f"{root}/runs/shard/{run}",
+            "runs/sample/fedcba9876543210"]
     assert found.files == 2 and found.problems == [] and sorted(left) == sorted(gone)
     before = store.sizes()
     verify_module.prune(Storage(root), left, delete=True)
@@ -375,14 +376,14 @@ def test_verify_finds_orphans_and_prunes_only_old_ones(root, published, monkeypa
     monkeypatch.setattr(verify_module, "DAYS", -1.0)
     verify_module.prune(Storage(root), left, delete=False)
     assert store.sizes() == before and f"would delete {gone[0]}" in capsys.readouterr().out
-    with lease(Path("runs/sample@c/fedcba9876543210/driver.lease"), patience=0):  # taken up again since
+    with lease(Path("runs/sample/fedcba9876543210/driver.lease"), patience=0):  # taken up again since
         verify_module.prune(Storage(root), left, delete=True)
-    assert Path("runs/sample@c/fedcba9876543210").exists()
+    assert Path("runs/sample/fedcba9876543210").exists()
     assert before.keys() - store.sizes().keys() == {
-        "runs/train@c/fedcba9876543210/curve.csv", storage_module.object_name("cd" * 32),
-        f"runs/shard@d/{run}/reports/d-0.json"}
+        "runs/train/fedcba9876543210/curve.csv", storage_module.object_name("cd" * 32),
+        f"runs/shard/{run}/reports/d-0.json"}
     verify_module.prune(Storage(root), verify_module.orphans(Storage(root)), delete=True)
-    assert not Path("runs/sample@c/fedcba9876543210").exists()
+    assert not Path("runs/sample/fedcba9876543210").exists()
 
 
 def test_nothing_is_an_orphan_while_a_manifest_cannot_be_read(root, published, capsys):
@@ -441,14 +442,14 @@ class State:
 
 
 def test_another_machine_goes_on_from_the_newest_checkpoint(root, faults, tmp_path):
-    store = open_store(f"{root}/runs/train@c/0123456789abcdef")
+    store = open_store(f"{root}/runs/train/0123456789abcdef")
     here, there = (Checkpoints(tmp_path / name, store) for name in ("here", "there"))
     (tmp_path / "curve.csv").write_text("step\n1\n")
-    with writing(here, 2, None) as writer:
+    with writing(here, RunConfig(keep_checkpoints=2)) as writer:
         for step in (10, 20, 30):
             writer.save(State(step), {"curve.csv": tmp_path / "curve.csv"})
     assert here.steps() == there.steps() == [20, 30] and store.read("curve.csv") == b"step\n1\n"
-    assert there.recover() == 30 and read_state(there.local(30))["weight"].tolist() == [30, 30, 30]
+    assert there.recover(99) == 30 and read_state(there.local(30))["weight"].tolist() == [30, 30, 30]
     faults.clear()
     there.local(30)
     assert faults.count("GET", r"30\.pt$") == 0, "it was there already"
@@ -456,13 +457,13 @@ def test_another_machine_goes_on_from_the_newest_checkpoint(root, faults, tmp_pa
     assert read_state(there.local(30))["step"] == 30
     store.write("checkpoints/step-00000030.pt", b"damaged")
     there.path(30).write_bytes(b"damaged")
-    assert there.recover() == 20
+    assert there.recover(99) == 20
 
 
 def test_training_goes_on_while_a_checkpoint_is_on_its_way(root, faults, tmp_path):
     checkpoints = Checkpoints(tmp_path, open_store(root))
     faults.add(hold, "PUT", r"step-00000010\.pt$", times=1)
-    with writing(checkpoints, 1, None) as writer:
+    with writing(checkpoints, RunConfig(keep_checkpoints=1)) as writer:
         writer.save(State(10), {})
         while not faults.count("PUT", r"step-00000010\.pt$"):
             time.sleep(0.01)
@@ -474,7 +475,7 @@ def test_training_goes_on_while_a_checkpoint_is_on_its_way(root, faults, tmp_pat
 def test_an_upload_that_fails_stops_the_training_with_its_reason(root, faults, tmp_path):
     checkpoints = Checkpoints(tmp_path, open_store(root))
     faults.add(error(403, "ExpiredToken"), method="PUT", path=r"\.json")
-    with pytest.raises(StorageError, match="renew them"), writing(checkpoints, 1, None) as writer:
+    with pytest.raises(StorageError, match="renew them"), writing(checkpoints, RunConfig(keep_checkpoints=1)) as writer:
         writer.save(State(1), {})
     assert checkpoints.steps() == []
     assert isinstance(checkpoints.store, S3Store)

@@ -31,6 +31,7 @@ READ = {  # file -> its calls of readers
                                    "timm.create_model(STAND_IN['architecture'], …)"},
     "benchmarks/gpu.py": {"timm.create_model(name, pretrained=False, num_classes=0, img_size=grid * PATCH)"},
     "benchmarks/stages.py": {"PixelGen.from_pretrained(OUT / 'train' / stage / 'model', …)"},
+    "pipeline/older.py": {"YAML()", "yaml.load(text)"},  # tags, which alone could run code, are refused before
     "pixelgen/recipe.py": {"YAML(typ='safe', pure=True)", "YAML(typ='safe', pure=True).load(text)"},
 }
 BANNED = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "importlib.import_module", "torch.hub.load",

@@ -1,0 +1,107 @@
+"""Parameters as people and editors read them: every resolved value with its origin, two files compared, and a JSON
+Schema. The dataclasses and the comments behind their fields are all that this knows of parameters."""
+
+import dataclasses
+import json
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from pipeline.params import Params, read_params
+from pixelgen.config import ConfigError, choose, comments
+from pixelgen.recipe import read_yaml
+
+ABSENT = "-"
+TYPES = {int: "integer", float: "number", str: "string", bool: "boolean"}
+
+
+class Value(NamedTuple):
+    name: str  # dotted
+    value: Any
+    written: bool  # in the file; otherwise a default
+    comment: str
+
+
+def values(path: Path) -> list[Value]:
+    """Every parameter of a file, defaults too. ConfigError for what `read_params` does not accept."""
+    return [*_values(read_params(path), read_yaml(path), "", "")]
+
+
+def _values(value: Any, written: Any, name: str, comment: str) -> Iterator[Value]:
+    told = written if isinstance(written, Mapping) else {}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _values(getattr(value, field.name), told.get(field.name, ABSENT), _join(name, field.name),
+                               comments(type(value)).get(field.name, ""))
+    elif isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values())):
+        for key, inner in value.items():
+            yield from _values(inner, told.get(key, ABSENT), _join(name, key), comment)
+    else:
+        yield Value(name, value, written != ABSENT, comment)
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def show(path: Path, key: str | None) -> Iterator[str]:
+    """A line for each parameter, or for those under a dotted key: name, value, origin, comment."""
+    found = values(path)
+    if key is not None:
+        below = [v for v in found if f"{v.name}.".startswith(f"{key}.")]
+        if not below:
+            prefixes = {".".join(v.name.split(".")[:n]) for v in found for n in range(1, v.name.count(".") + 2)}
+            choose(key, sorted(p for p in prefixes if p.count(".") <= key.count(".")), f"{path}: key")
+        found = below
+    rows = [(v.name, json.dumps(v.value), path.name if v.written else "default", v.comment) for v in found]
+    widths = [min(max(len(row[i]) for row in rows), 48) for i in range(3)]
+    for row in rows:
+        yield "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
+
+
+def diff(one: Path, other: Path) -> Iterator[str]:
+    """A line for each parameter that resolves to different values in two files: name and both values."""
+    sides = [{v.name: json.dumps(v.value) for v in values(path)} for path in (one, other)]
+    names = [name for name in {**sides[0], **sides[1]} if sides[0].get(name) != sides[1].get(name)]
+    width = max(map(len, names), default=0)
+    for name in names:
+        yield f"{name.ljust(width)}  {sides[0].get(name, ABSENT)} -> {sides[1].get(name, ABSENT)}"
+
+
+def schema() -> dict[str, Any]:
+    """A JSON Schema of params.yaml."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "params.yaml of PixelGen",
+            **_schema(Params)}
+
+
+def _schema(hint: Any) -> dict[str, Any]:
+    origin, args = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        hints, said = get_type_hints(hint), comments(hint)
+        properties: dict[str, Any] = {}
+        for field in dataclasses.fields(hint):
+            properties[field.name] = found = _schema(hints[field.name])
+            if field.name in said:
+                found["description"] = said[field.name]
+            if field.default is not dataclasses.MISSING:
+                whole = field.default
+                found["default"] = (dataclasses.asdict(whole)
+                                    if dataclasses.is_dataclass(whole) and not isinstance(whole, type) else whole)
+        return {"type": "object", "properties": properties, "additionalProperties": False,
+                "required": [f.name for f in dataclasses.fields(hint) if f.default is dataclasses.MISSING]}
+    if origin in (Union, types.UnionType):
+        return {"anyOf": [_schema(inner) for inner in args]}
+    if hint is type(None):
+        return {"type": "null"}
+    if origin is Literal:
+        return {"enum": [*args]}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": _schema(args[1])}
+    if origin is tuple:
+        if args[-1] is Ellipsis:
+            return {"type": "array", "items": _schema(args[0])}
+        return {"type": "array", "prefixItems": [_schema(a) for a in args], "minItems": len(args), "items": False}
+    if hint not in TYPES:
+        raise ConfigError(f"no JSON Schema is known for {hint}")
+    return {"type": TYPES[hint]}

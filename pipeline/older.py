@@ -1,0 +1,118 @@
+"""What versions before defaults and identities have left: parameters to rewrite, outputs and runs to keep."""
+
+import dataclasses
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+
+from pipeline.storage import run_name
+from pipeline.store import open_store
+from pixelgen.config import RunConfig, load, require
+from pixelgen.errors import StorageError
+from pixelgen.manifest import IDENTITY, MANIFEST, identity, read_manifest
+from pixelgen.recipe import check_yaml
+from pixelgen.store import write_atomic
+
+OUT = Path("out")
+MOVED = [field.name for field in dataclasses.fields(RunConfig)]  # from fit, or from beside it, to run
+
+
+def check_form(data: Any, path: Path) -> None:
+    """ConfigError, with the remedy, for a params.yaml that had to say everything."""
+    require(not any("grid_sampler" in recipe or "checkpoint_every" in (recipe.get("fit") or {})
+                    for recipe in recipes(data)),
+            f"{path} has the form of an earlier version: `python -m pipeline params migrate {path} --write` rewrites "
+            "it")
+
+
+def recipes(data: Any) -> list[Any]:
+    """The mappings under `train`, as far as there are any."""
+    train = data.get("train") if isinstance(data, Mapping) else None
+    return [r for r in train.values() if isinstance(r, Mapping)] if isinstance(train, Mapping) else []
+
+
+def migrated(path: Path, cls: type) -> str:
+    """The text of a file of parameters, which `cls` reads, in today's form: what equals a default is gone, comments
+    stay with what does not. ConfigError, or YAMLError, if it is no such file."""
+    text = path.read_text("utf-8")
+    check_yaml(text)
+    yaml = YAML()
+    yaml.width = 120
+    yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
+    data = yaml.load(text)
+    require(isinstance(data, Mapping), f"{path}: expected a mapping of sections")
+    for recipe in recipes(data):
+        run = recipe.setdefault("run", CommentedMap())
+        for name in MOVED:
+            for place in (recipe, recipe.get("fit") or {}):
+                if name in place:
+                    run[name] = place.pop(name)
+    for dataset in (data.get("datasets") or {}).values():
+        if dataset.get("heldout", 0) is None:
+            del dataset["heldout"]
+    reduce(data, load(cls, data))
+    new = io.StringIO()
+    yaml.dump(data, new)
+    return new.getvalue()
+
+
+def reduce(written: Any, value: Any) -> None:
+    """Delete from a mapping what a dataclass has by default anyway."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            reduce(written[key], inner)
+    if not dataclasses.is_dataclass(value) or not isinstance(written, Mapping):
+        return
+    reduce_to(written, value, {f.name: f.default for f in dataclasses.fields(value)})
+
+
+def reduce_to(written: Any, value: Any, defaults: dict[str, Any]) -> None:
+    for name in [*written]:
+        found, default = getattr(value, name), defaults[name]
+        if found == default:
+            del written[name]
+        elif default is dataclasses.MISSING or not dataclasses.is_dataclass(default):
+            reduce(written[name], found)
+        else:
+            reduce_to(written[name], found, {f.name: getattr(default, f.name) for f in dataclasses.fields(default)})
+
+
+def older_outputs() -> Iterator[Path]:
+    """Folders of finished outputs without an identity."""
+    for depth in ("*", "*/*", "*/*/*"):
+        for path in OUT.glob(f"{depth}/{MANIFEST}"):
+            if not (path.parent / IDENTITY).exists():
+                yield path.parent
+
+
+def refuse_older_outputs() -> None:
+    """StorageError, with the remedy, before DVC deletes what an earlier version has made."""
+    if found := next(older_outputs(), None):
+        raise StorageError(f"{found} was made by an earlier version: `python -m pipeline adopt` and then `dvc commit "
+                           f"--force` keep all that lies in {OUT}; delete that folder to make it anew")
+
+
+def adopt() -> Iterator[str]:
+    """Give the outputs of an earlier version their identity -> a line for each."""
+    for folder in [*older_outputs()]:
+        told = identity(read_manifest(folder, None))
+        write_atomic(folder / IDENTITY, f"{told}\n".encode())
+        yield f"{folder}: {told}"
+
+
+def refuse_older_runs(key: str, new: Path, root: str | None) -> None:
+    """StorageError, with the remedy, where a training would begin in `new`, anew, beside what an earlier version has of
+    it, here or under a storage root."""
+    old = [f"{new.parents[1]}/train@{key}/{path.name}" for path in (new.parents[1] / f"train@{key}").glob("*")
+           if (path / "checkpoints").is_dir()]
+    if root and not old:
+        old = [f"{root}/{name.partition('/checkpoints/')[0]}"
+               for name in open_store(root).sizes(f"runs/train@{key}/") if "/checkpoints/" in name]
+    if old and not new.exists():
+        to = f"{root}/{run_name(new)}" if root else new
+        raise StorageError(f"{old[0]} holds a training of an earlier version: if its parameters and data are those of "
+                           f"now, move it to {to}, which goes on with it; if not, delete it")
