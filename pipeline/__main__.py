@@ -12,7 +12,7 @@ from pipeline import describe, older
 from pipeline.cluster import read_cluster
 from pipeline.older import OUT
 from pipeline.params import PARAMS, Params, read_params, resolve
-from pipeline.storage import versions
+from pipeline.storage import other_versions
 from pixelgen.config import ConfigError, require
 from pixelgen.errors import UserError
 from pixelgen.manifest import MANIFEST, read_manifest
@@ -80,18 +80,17 @@ def params(args: argparse.Namespace) -> Iterable[str]:
 
 def check(_: argparse.Namespace) -> Iterable[str]:
     """A line for each output, with what was installed otherwise when it was made."""
-    now = versions()
     for path in sorted(OUT.rglob(MANIFEST)):
-        then = read_manifest(path.parent, None).get("versions", {})
-        if changed := [f"{name} {then.get(name)}, now {now[name]}" for name in now if then.get(name) != now[name]]:
-            yield f"{path.parent}: {'; '.join(changed)}"
+        if changed := other_versions(read_manifest(path.parent, None).get("versions", {})):
+            yield f"{path.parent}: {changed}"
 
 
 def adopt(_: argparse.Namespace) -> Iterable[str]:
     read_params()  # a mistake there comes first
     yield from older.adopt()
     resolve()
-    yield "now run `dvc commit --force`, which takes them up as they are"
+    finished = " ".join(["params", *older.finished_stages()])
+    yield f"now run `dvc commit --force {finished}`, which takes them up as they are"
 
 
 def estimate(args: argparse.Namespace) -> Iterable[str]:

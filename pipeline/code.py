@@ -19,9 +19,9 @@ PLUMBING = {
     "pixelgen", "pixelgen.config", "pixelgen.errors", "pixelgen.estimate", "pixelgen.files", "pixelgen.manifest",
     "pixelgen.progress", "pixelgen.recipe", "pixelgen.recorders", "pixelgen.saving", "pixelgen.store",
     "pixelgen.threads", "pixelgen.data.executors",
-    "pipeline", "pipeline.checkout", "pipeline.cluster", "pipeline.download", "pipeline.loopback", "pipeline.params",
-    "pipeline.parts", "pipeline.rank", "pipeline.readers", "pipeline.runs", "pipeline.session", "pipeline.storage",
-    "pipeline.store", "pipeline.stages",
+    "pipeline", "pipeline.checkout", "pipeline.cluster", "pipeline.download", "pipeline.loopback", "pipeline.older",
+    "pipeline.params", "pipeline.parts", "pipeline.rank", "pipeline.readers", "pipeline.runs", "pipeline.session",
+    "pipeline.storage", "pipeline.store", "pipeline.stages",
 }
 
 

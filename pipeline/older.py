@@ -23,16 +23,20 @@ MOVED = [field.name for field in dataclasses.fields(RunConfig)]  # from fit, or 
 
 def check_form(data: Any, path: Path) -> None:
     """ConfigError, with the remedy, for a params.yaml that had to say everything."""
-    require(not any("grid_sampler" in recipe or "checkpoint_every" in (recipe.get("fit") or {})
+    require(not any("grid_sampler" in recipe or "checkpoint_every" in mapping(recipe.get("fit"))
                     for recipe in recipes(data)),
             f"{path} has the form of an earlier version: `python -m pipeline params migrate {path} --write` rewrites "
             "it")
 
 
+def mapping(value: Any) -> Any:
+    """What should be a mapping, if it is one; else an empty one. What is wrong is said later, where it is read."""
+    return value if isinstance(value, Mapping) else {}
+
+
 def recipes(data: Any) -> list[Any]:
     """The mappings under `train`, as far as there are any."""
-    train = data.get("train") if isinstance(data, Mapping) else None
-    return [r for r in train.values() if isinstance(r, Mapping)] if isinstance(train, Mapping) else []
+    return [recipe for recipe in mapping(mapping(data).get("train")).values() if isinstance(recipe, Mapping)]
 
 
 def migrated(path: Path, cls: type) -> str:
@@ -48,11 +52,11 @@ def migrated(path: Path, cls: type) -> str:
     for recipe in recipes(data):
         run = recipe.setdefault("run", CommentedMap())
         for name in MOVED:
-            for place in (recipe, recipe.get("fit") or {}):
+            for place in (recipe, mapping(recipe.get("fit"))):
                 if name in place:
                     run[name] = place.pop(name)
-    for dataset in (data.get("datasets") or {}).values():
-        if dataset.get("heldout", 0) is None:
+    for dataset in mapping(data.get("datasets")).values():
+        if mapping(dataset).get("heldout", 0) is None:
             del dataset["heldout"]
     reduce(data, load(cls, data))
     new = io.StringIO()
@@ -81,6 +85,15 @@ def reduce_to(written: Any, value: Any, defaults: dict[str, Any]) -> None:
             reduce_to(written[name], found, {f.name: getattr(default, f.name) for f in dataclasses.fields(default)})
 
 
+def finished_stages() -> Iterator[str]:
+    """Stages, as DVC calls them, whose outputs are all there."""
+    for depth in ("*", "*/*", "*/*/*"):
+        for path in sorted(OUT.glob(f"{depth}/{MANIFEST}")):
+            stage, *key = path.parent.relative_to(OUT).parts
+            if stage != "train" or all((OUT / "train" / key[0] / name).exists() for name in ("curve.csv", "grids")):
+                yield "@".join([stage, *key[:1]])
+
+
 def older_outputs() -> Iterator[Path]:
     """Folders of finished outputs without an identity."""
     for depth in ("*", "*/*", "*/*/*"):
@@ -92,8 +105,8 @@ def older_outputs() -> Iterator[Path]:
 def refuse_older_outputs() -> None:
     """StorageError, with the remedy, before DVC deletes what an earlier version has made."""
     if found := next(older_outputs(), None):
-        raise StorageError(f"{found} was made by an earlier version: `python -m pipeline adopt` and then `dvc commit "
-                           f"--force` keep all that lies in {OUT}; delete that folder to make it anew")
+        raise StorageError(f"{found} was made by an earlier version: `python -m pipeline adopt` keeps all that "
+                           f"lies in {OUT}; delete that folder to make it anew")
 
 
 def adopt() -> Iterator[str]:
@@ -107,12 +120,15 @@ def adopt() -> Iterator[str]:
 def refuse_older_runs(key: str, new: Path, root: str | None) -> None:
     """StorageError, with the remedy, where a training would begin in `new`, anew, beside what an earlier version has of
     it, here or under a storage root."""
-    old = [f"{new.parents[1]}/train@{key}/{path.name}" for path in (new.parents[1] / f"train@{key}").glob("*")
-           if (path / "checkpoints").is_dir()]
-    if root and not old:
+    if new.exists():
+        return
+    if root:  # all of it lies there, and here at most a part
         old = [f"{root}/{name.partition('/checkpoints/')[0]}"
                for name in open_store(root).sizes(f"runs/train@{key}/") if "/checkpoints/" in name]
-    if old and not new.exists():
+    else:
+        old = [str(path.parent) for path in (new.parents[1] / f"train@{key}").glob("*/checkpoints")]
+    if old:
+        new.parent.mkdir(parents=True, exist_ok=True)
         to = f"{root}/{run_name(new)}" if root else new
         raise StorageError(f"{old[0]} holds a training of an earlier version: if its parameters and data are those of "
                            f"now, move it to {to}, which goes on with it; if not, delete it")

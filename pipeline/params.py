@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pipeline.code import digests
+from pipeline.code import digest, digests
 from pipeline.older import check_form, refuse_older_outputs
 from pipeline.store import valid_root
 from pixelgen.config import (
@@ -318,11 +318,13 @@ def read_params(path: Path = PARAMS) -> Params:
     return load(Params, data)
 
 
-def resolved_params() -> Params:
+def resolved_params(stage: str) -> Params:
     """What the first stage has written: the parameters of this run, whatever params.yaml says by now, of which the user
-    is told. ConfigError if there are none yet."""
-    if not RESOLVED.is_file():
-        raise ConfigError(f"{RESOLVED} is missing: run `dvc repro params` first")
+    is told. ConfigError if there are none yet, or if the code of the stage, as DVC will note it, is not that of now."""
+    if not (RESOLVED.is_file() and CODE.is_file()):
+        raise ConfigError(f"{RESOLVED} or {CODE} is missing: run `dvc repro params` first")
+    require(json.loads(CODE.read_bytes()).get(stage) == digest(stage), f"the code of {stage} has changed since {CODE} "
+            "was written: run `dvc repro` again, or `python -m pipeline.params` and then this stage")
     resolved = load(Params, json.loads(RESOLVED.read_bytes()))
     try:
         changed = read_params() != resolved
@@ -370,7 +372,7 @@ def main() -> int:
         refuse_older_outputs()
         resolve()
     except UserError as error:
-        print(f"{PARAMS}: {error}", file=sys.stderr)
+        print(f"{PARAMS}: {error}" if isinstance(error, ConfigError) else f"params: {error}", file=sys.stderr)
         return 1
     return 0
 

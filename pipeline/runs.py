@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -21,7 +22,7 @@ import psutil
 from pipeline.checkout import runs
 from pipeline.code import digest
 from pipeline.params import fingerprint
-from pipeline.storage import versions, write_json
+from pipeline.storage import other_versions, versions, write_json
 from pixelgen.errors import StorageError, UserError
 from pixelgen.files import try_lock
 from pixelgen.store import on_disk
@@ -29,21 +30,29 @@ from pixelgen.store import on_disk
 VERSIONS = "versions.json"  # in a run directory: those that it was begun under
 
 
-def run_path(stage: str, *parts: Any) -> Path:
-    """Where the run of a stage with these parameters and inputs lies, and with today's code."""
+def run_directory(stage: str, *parts: Any) -> Path:
+    """Where the run of a stage with these parameters and inputs, and with today's code, has its state."""
     return runs() / stage / fingerprint([*parts, digest(stage)])
 
 
-def run_directory(stage: str, *parts: Any) -> Path:
-    """The directory of `run_path`, made if need be. Where it was begun under other versions, the user is told."""
-    path, now = run_path(stage, *parts), versions()
-    path.mkdir(parents=True, exist_ok=True)
-    if not (path / VERSIONS).exists():
-        write_json(path / VERSIONS, now)
-    then = json.loads((path / VERSIONS).read_bytes())
-    if changed := [f"{name} {then.get(name)}, now {now[name]}" for name in now if then.get(name) != now[name]]:
-        print(f"{path} was begun under {'; '.join(changed)}: what comes may differ by rounding", file=sys.stderr)
-    return path
+@contextlib.contextmanager
+def working(directory: Path) -> Iterator[None]:
+    """Hold a run directory, which is made if need be, for the driver of its stage. Where it was begun under other
+    versions, the user is told."""
+    with lease(directory / "driver.lease"):
+        path, now = directory / VERSIONS, versions()
+        if not path.exists():
+            write_json(path, now)
+        if changed := other_versions(json.loads(path.read_bytes())):
+            print(f"{directory} was begun under {changed}: what comes may differ by rounding", file=sys.stderr)
+        yield
+
+
+def clear(directory: Path) -> None:
+    """Delete the directory of a finished run, whose lease is held: who waits for it begins in a new one."""
+    aside = directory.with_name(f".{directory.name}-{os.getpid()}")
+    directory.rename(aside)
+    shutil.rmtree(aside)
 
 
 @contextlib.contextmanager
@@ -55,8 +64,7 @@ def lease(path: Path, patience: float = math.inf) -> Iterator[None]:
     StorageError.
     """
     began, told = time.monotonic(), False
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
+    with opened(path) as file:
         while not try_lock(file):
             file.seek(0)
             noted = file.read().split()
@@ -73,7 +81,6 @@ def lease(path: Path, patience: float = math.inf) -> Iterator[None]:
                 told = True
             time.sleep(0.2)
         if not _lies_at(path, file):  # whoever held it has finished, and cleared the folder away
-            path.parent.mkdir(parents=True, exist_ok=True)
             with lease(path, patience):
                 yield
             return
@@ -81,6 +88,14 @@ def lease(path: Path, patience: float = math.inf) -> Iterator[None]:
         file.write(" ".join([*_named(psutil.Process()), *_supervisor()]))
         file.flush()
         yield
+
+
+def opened(path: Path) -> IO[str]:
+    """A file, in a folder that may be cleared away at any moment."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            return open(path, "a+")
 
 
 def _lies_at(path: Path, file: IO[str]) -> bool:

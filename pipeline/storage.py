@@ -271,6 +271,12 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in VERSIONS} | {"python": platform.python_version()}
 
 
+def other_versions(then: Mapping[str, str]) -> str:
+    """What is installed otherwise than it was: "torch 2.14, now 2.15"; empty if nothing is."""
+    now = versions()
+    return "; ".join(f"{name} {then.get(name)}, now {now[name]}" for name in now if then.get(name) != now[name])
+
+
 def hardware() -> dict[str, Any]:
     """What this process runs on, as far as it may matter to a number: GPUs to none that has done without torch, which
     is not imported for this alone."""

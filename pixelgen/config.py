@@ -322,7 +322,8 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What is saved, logged and drawn while a training lasts. No weight depends on it, so all of it may change then."""
+    """What is saved, logged and drawn while a training lasts, and what is done about numbers that are not finite. All
+    of it may change meanwhile: no weight depends on it, but in a run that meets such a number."""
 
     checkpoint_every: int = 5000  # steps between checkpoints
     keep_checkpoints: int = 3  # the newest that are kept

@@ -39,7 +39,7 @@ from pixelgen.objective import Objective
 from pixelgen.precision import store_in_bf16
 from pixelgen.recipe import Recipe
 from pixelgen.recorders import Curve, Grids, Saves
-from pixelgen.saving import NOTES, Checkpoints, writing
+from pixelgen.saving import NOTES, Checkpoints, name_of, writing
 from pixelgen.store import FAR_SECONDS, Store, on_disk
 from pixelgen.train import NonFiniteError, Recorder, TrainState, create_state, train
 
@@ -84,6 +84,10 @@ class Place:
     def export(self, directory: Path) -> int:
         """Write the trained model -> the step it is of."""
         state = read_state(self.checkpoints.local(self.recipe.fit.steps))
+        if state["skipped"] > self.recipe.run.may_skip:
+            raise NonFiniteError(f"this run has passed over {state['skipped']} steps with numbers that are not finite, "
+                                 f"more than run.on_nonfinite {self.recipe.run.on_nonfinite} allows: set it to skip("
+                                 f"{state['skipped']}), or change fit.seed to train another one")
         raw, projector = ({k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
                           for prefix in ("denoiser.", "projector."))
         export(directory, self.recipe.denoiser.resolve(), state["ema"], raw, projector)
@@ -107,7 +111,7 @@ def plan_of(recipe: Recipe, sources: Mapping[str, Any], split: Callable[[str, in
     least size of an image.
     """
     size = recipe.denoiser.image_size
-    splits = {name: split(name, size) for name in recipe.mixture or sources}
+    splits = {name: split(name, size) for name in sorted(recipe.mixture or sources)}  # in whatever order they stand
     weights = recipe.mixture or {name: split.total for name, split in splits.items()}
     chosen = tuple(Source(split, weights[name], tuple((sources[name]["captions"] or {}).values()))
                    for name, split in splits.items())
@@ -270,8 +274,9 @@ def check_room(state: TrainState, recipe: Recipe, directory: Path) -> None:
     size = 4 * (3 * count(state.model) + count(state.ema))
     run = recipe.run
     kept = run.keep_checkpoints + (recipe.fit.steps // run.keep_every if run.keep_every else 0)
+    last = name_of(recipe.fit.steps).rpartition("/")[2]  # what lies beyond stays
     need, free = size * (kept + 1), shutil.disk_usage(directory).free + sum(
-        path.stat().st_size for path in directory.glob("checkpoints/*"))
+        path.stat().st_size for path in directory.glob("checkpoints/*") if path.name <= last)
     if need > free:
         raise StorageError(f"{directory}: make room on this disk; {kept + 1} checkpoints of {size / 1e9:.1f} GB are to "
                            f"lie here (run.keep_checkpoints, run.keep_every), {free / 1e9:.1f} GB are free")

@@ -75,7 +75,7 @@ class Recipe:
         that: to raise `fit.steps` is to go on."""
         plain = {name: value for name, value in dataclasses.asdict(self).items() if name in TRAJECTORY}
         del plain["fit"]["steps"]
-        return plain
+        return plain | {"denoiser": dataclasses.asdict(self.denoiser.resolve())}  # not what its size is called
 
 
 def read_recipe(path: Path, key: str | None = None, started: bool = False) -> Recipe:
@@ -89,7 +89,7 @@ def read_recipe(path: Path, key: str | None = None, started: bool = False) -> Re
         where, data = f"{path}: train.{key}", section[choose(key, list(section), f"{path}: train: key")]
     if isinstance(data, dict):
         require("grid_sampler" not in data, f"{where}: grid_sampler, and of fit what changes no weight, belong to run "
-                "now: `python -m pipeline params migrate` rewrites a params.yaml")
+                "now (of a whole params.yaml, `python -m pipeline params migrate` makes one of today's form)")
         init = data.get("init", "none")
         require(started or init == "none", f"{where}.init is {init}: name the folder of that model with --init")
         data = {name: value for name, value in data.items() if name not in ("dataset", "init")}  # for the workflow

@@ -22,7 +22,7 @@ from pipeline.datasets import scenes
 from pipeline.judges import GeometricDetector, load_extractor, load_judges
 from pipeline.params import EvaluateParams, Params, SampleParams, TrainParams, resolved_params, stage_params
 from pipeline.parts import read_part, write_arrays
-from pipeline.runs import lease, run_directory, run_stage
+from pipeline.runs import run_directory, run_stage, working
 from pipeline.storage import Artifact, Storage, fresh_directory, read_sealed, run_name, write_json, write_sealed
 from pixelgen.config import require
 from pixelgen.data.shards import Split, read_images
@@ -63,7 +63,7 @@ WEIGHTS, DATA, REFERENCES, SAMPLES = (Path("out") / n for n in ("weights", "shar
 
 def main() -> None:
     key = sys.argv[1]
-    whole, cluster = resolved_params(), read_cluster()
+    whole, cluster = resolved_params("evaluate"), read_cluster()
     params, storage = stage_params(whole.evaluate, key, "evaluate"), Storage(whole.storage.root)
     torch.set_num_threads(cluster.threads)
     storage.check()
@@ -76,7 +76,7 @@ def main() -> None:
         task = Task(whole, params, samples, weights)
     directory = run_directory("evaluate", *task.inputs)
     out = fresh_directory(OUT / key)
-    with lease(directory / "driver.lease"):
+    with working(directory):
         state = storage.run(directory)
         if params.metric == "fid":
             metrics = fid(task, state, cluster)

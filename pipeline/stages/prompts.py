@@ -20,7 +20,7 @@ LARGEST = 64 << 20  # bytes of a file of prompts
 
 def main() -> None:
     key = sys.argv[1]
-    params = stage_params(resolved_params().prompts, key, "prompts")
+    params = stage_params(resolved_params("prompts").prompts, key, "prompts")
     out = fresh_directory(OUT / key)
     if params.source == "scenes":
         prompts = [{"name": f"{n:05}", **p} for n, p in enumerate(

@@ -7,7 +7,6 @@ checked, and taken over as it is.
 """
 
 import itertools
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from pipeline.cluster import Cluster, read_cluster, work_through
 from pipeline.judges import load_extractor
 from pipeline.params import ReferenceParams, resolved_params, stage_params
 from pipeline.parts import read_part, write_array, write_arrays
-from pipeline.runs import lease, run_directory, run_stage
+from pipeline.runs import clear, run_directory, run_stage, working
 from pipeline.storage import Artifact, Storage, fresh_directory
 from pixelgen.config import ConfigError, require
 from pixelgen.data.shards import read_images
@@ -38,7 +37,7 @@ HELD = 256  # images in a file of kept ones
 
 def main() -> None:
     key = sys.argv[1]
-    whole, cluster = resolved_params(), read_cluster()
+    whole, cluster = resolved_params("reference"), read_cluster()
     params, storage = stage_params(whole.reference, key, "reference"), Storage(whole.storage.root)
     torch.set_num_threads(cluster.threads)
     storage.check()
@@ -50,13 +49,14 @@ def main() -> None:
         state = storage.run(directory)
         parts: list[dict[str, Any]] = [{"name": f"part-{start:09d}.npz", "start": start, "stop": start + PART}
                                        for start in range(0, total, PART)]
-        with lease(directory / "driver.lease"):
+        with working(directory):
             work_through(parts, MomentWorker, (params, dataset, weights, state, cluster), cluster, "reference", state)
             extractor, reference = merged(state, [part["name"] for part in parts])
             write(storage, key, params, dataset, extractor, reference, kept_images(state, min(params.images, total)))
-            for name in state.sizes():  # moments of ImageNet take gigabytes
-                state.delete(name)
-            shutil.rmtree(directory)
+            if storage.root:
+                for name in state.sizes():  # moments of ImageNet take gigabytes
+                    state.delete(name)
+            clear(directory)
     else:
         write(storage, key, params, dataset, *published(params, weights.local()), None)
 
@@ -67,7 +67,7 @@ def write(storage: Storage, key: str, params: ReferenceParams, dataset: Artifact
     the dataset is, so that what is compared with both is done again, whatever the reference was made of."""
     out, kept = fresh_directory(OUT / key), images or reference.images
     fid.save_reference(out / "reference.npz", reference, images)
-    storage.publish(out, "reference", params, extractor=extractor, dataset=dataset.identity,
+    storage.publish(out, "reference", params, extractor=extractor, dataset=dataset.identity, npz=params.npz,
                     images=0 if kept is None else kept.shape[0])
 
 

@@ -43,7 +43,7 @@ figcaption{font-size:.85rem;color:#666;max-width:14rem}.paper td{color:#777}
 
 
 def main() -> None:
-    params = resolved_params()
+    params = resolved_params("report")
     body = ["<h1>PixelGen</h1>"]
     for key in params.evaluate:
         body += (evaluation if params.evaluate[key].metric == "fid" else geneval)(params, key)
@@ -136,7 +136,8 @@ def training(key: str) -> list[str]:
     with open(TRAINED / key / "curve.csv") as file:
         rows = list(csv.DictReader(file))
     steps = [float(r["step"]) for r in rows]
-    measured = [name for name in rows[0] if name != "step" and all(r[name] for r in rows)]  # no MFU on a CPU
+    names = [*rows[0]] if rows else []  # a run may end before its first line
+    measured = [name for name in names if name != "step" and all(r[name] for r in rows)]  # no MFU on a CPU
     curves = [plot(name, steps, [float(r[name]) for r in rows]) for name in measured]
     grids = sorted((TRAINED / key / "grids").glob("*.png"))
     shown = grids[::max(1, -(-len(grids) // SHOWN_GRIDS))]

@@ -20,7 +20,7 @@ import torch
 from pipeline.cluster import Cluster, read_cluster, work_through
 from pipeline.params import NONE, SampleParams, resolved_params, stage_params
 from pipeline.parts import read_part, write_array
-from pipeline.runs import lease, run_directory, run_stage
+from pipeline.runs import run_directory, run_stage, working
 from pipeline.storage import Artifact, Storage, fresh_directory, run_name
 from pixelgen.generate import BATCH, PixelGen
 from pixelgen.images import grid
@@ -45,7 +45,7 @@ class Part:
 
 def main() -> None:
     key = sys.argv[1]
-    whole, cluster = resolved_params(), read_cluster()
+    whole, cluster = resolved_params("sample"), read_cluster()
     params, storage = stage_params(whole.sample, key, "sample"), Storage(whole.storage.root)
     torch.set_num_threads(cluster.threads_per_worker)  # this process draws as a worker does, where there is only one
     storage.check()
@@ -64,7 +64,7 @@ def main() -> None:
         inputs += [wanted, *weights.part("text")]
     directory = run_directory("sample", *inputs)
     state, parts = storage.run(directory), plan_parts(params, wanted, order)
-    with lease(directory / "driver.lease"):
+    with working(directory):
         work_through([vars(part) for part in parts], Artist, (params, model, weights, state, cluster), cluster,
                      "sample", state)
         images = (read_part(state, part.name) for part in parts)
@@ -73,7 +73,9 @@ def main() -> None:
             write_prompts(out, images, prompts, params)
         else:
             write_classes(out, images, wanted, order)
-        storage.publish(out, "samples", params, images=len(wanted), run=run_name(directory))
+        drawn = {"weights": params.weights, "sampler": dataclasses.asdict(params.sampler), "seed": params.seed,
+                 "precision": params.precision}  # what figures of these samples state
+        storage.publish(out, "samples", params, images=len(wanted), drawn=drawn, run=run_name(directory))
 
 
 def load_prompts(path: Path) -> list[Prompt]:

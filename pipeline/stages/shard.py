@@ -22,7 +22,7 @@ from pipeline.cluster import Cluster, attempt, connect, outcomes, ray_data, read
 from pipeline.datasets import SPLITS, DatasetError
 from pipeline.datasets.work import SOURCES, Job, Report, read_report, write_job
 from pipeline.params import DatasetParams, resolved_params, stage_params
-from pipeline.runs import lease, run_directory, run_stage
+from pipeline.runs import clear, run_directory, run_stage, working
 from pipeline.storage import Storage, fresh_directory
 from pixelgen.data.shards import SCHEMA
 from pixelgen.errors import StorageError
@@ -36,7 +36,7 @@ UNCOUNTED = 10_000  # samples from which on the share of unusable ones counts, w
 
 def main() -> None:
     key = sys.argv[1]
-    whole, cluster = resolved_params(), read_cluster()
+    whole, cluster = resolved_params("shard"), read_cluster()
     config, storage = stage_params(whole.datasets, key, "shard"), Storage(whole.storage.root)
     storage.check()
     sources = {name: dataclasses.replace(source, path=source.path and str(data_path(source.path).absolute()))
@@ -45,8 +45,10 @@ def main() -> None:
     classes, jobs = find_jobs(data)
     listed = [(job.source, [(i.key, i.size, i.mtime_ns) for item in job.task.items for i in (item, *item.texts) if i])
               for job in jobs]
-    run = run_directory("shard", dataclasses.replace(data, max_quarantined=0.0), listed, str(SCHEMA)).absolute()
-    with lease(run / "driver.lease"):
+    columns = [[*(source.captions or {})] for source in data.sources.values()]  # whose order a fingerprint does not see
+    config_of_run = dataclasses.replace(data, max_quarantined=0.0)
+    run = run_directory("shard", config_of_run, columns, listed, str(SCHEMA)).absolute()
+    with working(run):
         shards = run / "shards"
         reports = collect(jobs, data, cluster, storage, run)
         files = [shard["file"] for report in reports.values() for shard in report["shards"]]
@@ -65,7 +67,7 @@ def main() -> None:
         state = storage.run(run)
         for name in state.sizes("reports/"):
             state.delete(name)
-        shutil.rmtree(run)
+        clear(run)
 
 
 def find_jobs(data: DatasetParams) -> tuple[list[str] | None, list[Job]]:

@@ -12,7 +12,7 @@ from pipeline.cluster import Cluster, connect, read_cluster, work_through
 from pipeline.older import refuse_older_runs
 from pipeline.params import NONE, TrainParams, resolved_params, stage_params
 from pipeline.rank import Run, ray_rank, run_rank
-from pipeline.runs import Stopped, lease, run_directory, run_path, run_stage
+from pipeline.runs import Stopped, run_directory, run_stage, working
 from pipeline.storage import Storage, fresh_directory, run_name
 from pixelgen.progress import Progress
 from pixelgen.rank import check_data, stopping, uses_dino
@@ -24,10 +24,10 @@ WEIGHTS, DATA, OUT = Path("out/weights"), Path("out/shard"), Path("out/train")
 
 def main() -> None:
     key = sys.argv[1]
-    whole = resolved_params()
+    whole = resolved_params("train")
     params, storage = stage_params(whole.train, key, "train"), Storage(whole.storage.root)
     run = prepare(key, params, storage, read_cluster())
-    with lease(run.directory / "driver.lease"):
+    with working(run.directory):
         run.begin()
         if not run.done:
             train(run)
@@ -46,8 +46,8 @@ def prepare(key: str, params: TrainParams, storage: Storage, cluster: Cluster) -
     used = [name for name, use in (("dino", uses_dino(params.objective)), ("lpips", params.objective.lpips_weight),
                                    ("text", params.text)) if use]
     made_of = [params.trajectory, data.identity, weights.part(*used), start and start.identity]
-    refuse_older_runs(key, run_path("train", *made_of), storage.root)
     directory = run_directory("train", *made_of)
+    refuse_older_runs(key, directory, storage.root)
     run = Run(params, directory.absolute(), storage.run(directory), data, weights, start, cluster)
     check_data(params, data.manifest, run.plan, params.dataset)
     return run

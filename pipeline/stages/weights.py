@@ -42,7 +42,7 @@ OUT = Path("out/weights")
 
 
 def main() -> None:
-    whole = resolved_params()
+    whole = resolved_params("weights")
     torch.set_num_threads(1)  # the same stand-ins on every machine
     storage, cluster = Storage(whole.storage.root), read_cluster()
     storage.check()

@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 SIZES: dict[str, dict] = {
     "L/16": dict(patch_size=16, width=1024, depth=24, heads=16, bottleneck=128, in_context_start=8,
-                 in_context_len=32),
+                 in_context_len=32, mlp_ratio=4.0),
     "XL/16": dict(patch_size=16, width=1152, depth=28, heads=16, bottleneck=None, in_context_start=8,
-                  in_context_len=32),
+                  in_context_len=32, mlp_ratio=4.0),
     "demo/16": dict(patch_size=16, width=192, depth=6, heads=6, bottleneck=64, in_context_start=2,
-                    in_context_len=4),
+                    in_context_len=4, mlp_ratio=4.0),
 }
 TEXT_SIZES: dict[str, dict] = {
     "XXL/16": dict(patch_size=16, width=1536, depth=16, text_depth=4, heads=24, bottleneck=256, text_width=2048,
-                   text_length=128),
+                   text_length=128, mlp_ratio=4.0),
     "demo-text/16": dict(patch_size=16, width=128, depth=4, text_depth=1, heads=4, bottleneck=64, text_width=64,
-                         text_length=12),
+                         text_length=12, mlp_ratio=4.0),
 }
 KINDS: dict[str, type] = {"jit": DenoiserConfig, "jit_t2i": TextDenoiserConfig}  # as named in exported models
 

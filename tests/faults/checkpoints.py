@@ -7,7 +7,7 @@ from pixelgen.checkpoint import read_state
 
 def checkpoints(workspace):
     """Steps of the finished checkpoints, ascending."""
-    return sorted(int(p.name[5:13]) for p in workspace.path.glob("runs/train@*/*/checkpoints/step-*.pt.json"))
+    return sorted(int(p.name[5:13]) for p in workspace.path.glob("runs/train/*/checkpoints/step-*.pt.json"))
 
 
 def newer(workspace, than):
@@ -16,7 +16,7 @@ def newer(workspace, than):
 
 def same_checkpoints(workspace):
     """All have the content of the undisturbed run's; that of a requested stop may lie between two of these."""
-    kept, here = ({p.name: p for p in root.glob("runs/train@*/*/checkpoints/step-*.pt")}
+    kept, here = ({p.name: p for p in root.glob("runs/train/*/checkpoints/step-*.pt")}
                   for root in (workspace.kept, workspace.path))
     common = kept.keys() & {f"step-{step:08}.pt" for step in checkpoints(workspace)}
     assert len(common) >= len(checkpoints(workspace)) - 1

@@ -19,8 +19,8 @@ def shard_stage(tmp_path, monkeypatch):
     work.mkdir()
     monkeypatch.chdir(work)
     monkeypatch.setattr(sys, "argv", ["shard", "name"])
-    monkeypatch.setattr(shard, "resolved_params", lambda: dataclasses.make_dataclass("P", ["datasets", "storage"])(
-        chosen, StorageParams(None)))
+    whole = dataclasses.make_dataclass("P", ["datasets", "storage"])
+    monkeypatch.setattr(shard, "resolved_params", lambda stage: whole(chosen, StorageParams(None)))
     monkeypatch.setattr(shard, "read_cluster", lambda: None)
     chosen: dict[str, DatasetParams] = {}
     written: list[str] = []

@@ -53,7 +53,8 @@ def test_a_file_of_before_is_refused_and_rewritten(old, capsys):
 
 @pytest.mark.parametrize(("text", "says"), [
     ("train: &a {}\n", "no tags (!), anchors"), ("train: {c2i: {fit: {}}}\n", "missing key"),
-    ("- 1\n", "expected a mapping"), ("train: {c2i: 3}\n", "missing key"), ("train: [\n", "other.yaml")])
+    ("- 1\n", "expected a mapping"), ("train: {c2i: 3}\n", "missing key"), ("train: [\n", "other.yaml"),
+    ("train: {c2i: {fit: 5}}\ndatasets: {a: 3}\n", "missing key")])
 def test_what_is_no_file_of_parameters_is_not_rewritten(tmp_path, capsys, text, says):
     path = tmp_path / "other.yaml"
     path.write_text(text)
@@ -80,11 +81,15 @@ def outputs(tmp_path, monkeypatch):
 
 def test_outputs_of_before_are_kept_or_deleted_by_the_user(outputs, capsys):
     assert params.main() == 1
-    assert "was made by an earlier version: `python -m pipeline adopt` and then `dvc commit --force` keep" in (
+    assert "was made by an earlier version: `python -m pipeline adopt` keeps all that lies in out; " in (
         capsys.readouterr().err)
     assert {*older_outputs()} == {*outputs}
     assert main(["adopt"]) == 0
-    assert "dvc commit --force" in capsys.readouterr().out
+    assert "now run `dvc commit --force params weights shard@digits`, which" in capsys.readouterr().out, "no curve"
+    Path("out/train/c2i/grids").mkdir()
+    Path("out/train/c2i/curve.csv").touch()
+    assert main(["adopt"]) == 0
+    assert "params weights shard@digits train@c2i`" in capsys.readouterr().out
     assert {out: (out / "identity").read_text() for out in outputs} == outputs
     assert Path("out/params.json").exists() and Path("out/code.json").exists(), "what DVC commits, too"
     assert params.main() == 0 and [*older_outputs()] == []

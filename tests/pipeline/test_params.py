@@ -203,17 +203,20 @@ def resolved(tmp_path, monkeypatch):
 
 
 def test_stages_read_what_the_first_one_has_resolved(resolved, capsys):
-    assert resolved_params() == read_params()
+    assert resolved_params("train") == read_params()
     text = (resolved / "params.yaml").read_text()
     (resolved / "params.yaml").write_text(text.replace("seed: 1", "seed: 1  # a comment"))
-    assert resolved_params() == read_params() and capsys.readouterr().err == ""
+    assert resolved_params("train") == read_params() and capsys.readouterr().err == ""
     for other in text.replace("steps: 500", "steps: 600"), "train: [":
         (resolved / "params.yaml").write_text(other)
-        assert resolved_params().train["c2i"].fit.steps == 500
+        assert resolved_params("train").train["c2i"].fit.steps == 500
         assert "params.yaml has changed since this run began, which keeps to out/params.json" in capsys.readouterr().err
+    (resolved / "out/code.json").write_text('{"train": "another"}')
+    with pytest.raises(ConfigError, match="the code of train has changed since out/code.json was written: run `dvc"):
+        resolved_params("train")
     (resolved / "out/params.json").unlink()
-    with pytest.raises(ConfigError, match=r"out/params.json is missing: run `dvc repro params` first"):
-        resolved_params()
+    with pytest.raises(ConfigError, match=r"out/params.json or out/code.json is missing: run `dvc repro params` first"):
+        resolved_params("train")
 
 
 def test_a_mistake_leaves_what_was_resolved_before(resolved, capsys):

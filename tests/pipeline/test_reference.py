@@ -39,8 +39,8 @@ def stage(tmp_path, monkeypatch):
     """A working directory with out/shard/plain of 20 training images, and the stage to run in it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["reference", "name"])
-    monkeypatch.setattr(reference, "resolved_params", lambda: dataclasses.make_dataclass("P", ["reference", "storage"])(
-        chosen, StorageParams(None)))
+    whole = dataclasses.make_dataclass("P", ["reference", "storage"])
+    monkeypatch.setattr(reference, "resolved_params", lambda stage: whole(chosen, StorageParams(None)))
     monkeypatch.setattr(reference, "read_cluster", lambda: Cluster(None, 1, 0.5, 0, 1, 0, 1, None))
     monkeypatch.setattr(reference, "load_extractor", load_extractor)
     chosen: dict[str, ReferenceParams] = {}

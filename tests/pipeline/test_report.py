@@ -57,7 +57,7 @@ def test_a_run_may_train_and_evaluate_nothing(tmp_path, monkeypatch):
     params = read_params()
     one = {"c2i": params.train["c2i"]}
     changed = dataclasses.replace(params, train=one, sample={}, evaluate={})
-    monkeypatch.setattr(report, "resolved_params", lambda: changed)
+    monkeypatch.setattr(report, "resolved_params", lambda stage: changed)
     monkeypatch.chdir(tmp_path)
     Path("out/train/c2i/grids").mkdir(parents=True)
     Path("out/train/c2i/curve.csv").write_text("step,loss\n10,3.0\n20,2.0\n")
@@ -65,6 +65,8 @@ def test_a_run_may_train_and_evaluate_nothing(tmp_path, monkeypatch):
     page = Path("out/report/index.html").read_text()
     assert "training of c2i" in page and "loss: 3 → 2" in page and "nothing to train" not in page
     assert "nothing to sample" in page and "nothing to evaluate" in page
+    Path("out/train/c2i/curve.csv").write_text("step,loss\n")  # of a run that ends before its first line
+    assert report.training("c2i")[0] == "<h2>training of c2i</h2>"
 
 
 def test_figures_are_those_that_the_evaluation_has_published(tmp_path, monkeypatch):

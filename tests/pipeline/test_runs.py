@@ -35,8 +35,8 @@ def test_a_run_is_named_by_parameters_inputs_and_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, "digest", {"many": "code", "one": "code"}.get)
     first = runs.run_directory("many", {"lr": 1}, "hash")
-    assert first.is_dir() and first.parent == Path("runs/many")
-    assert runs.run_directory("many", {"lr": 1}, "hash") == first == runs.run_path("many", {"lr": 1}, "hash")
+    assert first.parent == Path("runs/many")
+    assert runs.run_directory("many", {"lr": 1}, "hash") == first
     assert runs.run_directory("many", {"lr": 2}, "hash") != first
     assert runs.run_directory("many", {"lr": 1}, "other") != first
     monkeypatch.setattr(runs, "digest", {"many": "other code"}.get)
@@ -60,6 +60,27 @@ def test_a_lease_keeps_others_out_and_ends_with_its_process(tmp_path):
     finally:
         holder.kill()
         holder.wait()
+
+
+WORKER = """
+import sys
+from pathlib import Path
+from pipeline.runs import clear, working
+run = Path(sys.argv[1])
+for _ in range(40):
+    with working(run):
+        assert [p.name for p in run.iterdir() if p.suffix == ".part"] == [], "another's work"
+        for n in range(3):
+            (run / f"{n}.part").write_text("x")
+        clear(run)
+"""
+
+
+def test_who_clears_a_finished_run_away_disturbs_nobody_who_waits_for_it(tmp_path):
+    workers = [subprocess.Popen([sys.executable, "-c", WORKER, tmp_path / "run"], stderr=subprocess.PIPE, text=True)
+               for _ in range(3)]
+    assert [(worker.communicate()[1], worker.returncode) for worker in workers] == [("", 0)] * 3
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_who_has_time_waits_for_the_lease_and_says_so(tmp_path, monkeypatch, capsys):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline import runs
 from pipeline.cluster import Cluster
 from pipeline.params import read_params
 from pipeline.rank import Run
@@ -23,11 +24,13 @@ from pixelgen import rank, recorders
 from pixelgen.checkpoint import read_state
 from pixelgen.config import MemoryConfig, ObjectiveConfig, SamplerConfig
 from pixelgen.errors import StorageError, UserError
+from pixelgen.models import SIZES
 from pixelgen.objective import Objective
+from pixelgen.recipe import DenoiserParams
 from pixelgen.recorders import Curve, Grids, Saves, grids_upto, upto
 from pixelgen.saving import NOTES, Checkpoints, writing
 from pixelgen.store import LocalStore
-from pixelgen.train import Step, create_state
+from pixelgen.train import NonFiniteError, Step, create_state
 from tests.pixelgen.conftest import StandInDino, lane_batch, tiny_config, tiny_denoiser
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +75,6 @@ def test_a_training_of_an_earlier_version_is_not_begun_anew_beside_it(directory_
         directory_of(params)
     new = tmp_path / re.search("move it to ([^ ,]+)", str(refused.value))[1]
     assert not new.exists() and str(old.relative_to(tmp_path)) in str(refused.value)
-    new.parent.mkdir()
     old.rename(new)
     assert directory_of(params) == new
 
@@ -139,6 +141,10 @@ def test_checkpoints_that_will_not_fit_are_noticed_before_training(params, monke
     (tmp_path / "checkpoints" / "step-00000001.pt").write_bytes(b"." * 1000)
     free[0] = 3 * one - 1000
     check(keep_checkpoints=2)
+    (tmp_path / "checkpoints" / "step-00000001.pt").rename(tmp_path / "checkpoints" / "step-00000005.pt")
+    with pytest.raises(StorageError, match="make room"):  # of a longer run: it stays
+        check(keep_checkpoints=2, steps=4)
+    check(keep_checkpoints=2, steps=5)
 
 
 @pytest.mark.parametrize("change", [
@@ -149,12 +155,19 @@ def test_a_run_goes_on_when_what_no_update_depends_on_is_changed(directory_of, p
     assert directory_of(changed(params, **change)) == directory_of(params)
 
 
-def test_a_run_is_known_by_its_meaning(directory_of, params, tmp_path):
+def test_a_run_is_known_by_its_meaning(directory_of, params, tmp_path, monkeypatch):
     """Not by the names that its key, its dataset and the model it starts from have in params.yaml."""
     shutil.copytree(tmp_path / "out/shard/digits", tmp_path / "out/shard/renamed")
     renamed = dataclasses.replace(params, dataset="renamed")
     assert directory_of(renamed) == directory_of(params, key="another")
     manifest = json.loads((tmp_path / "out/shard/renamed/manifest.json").read_text())
+    named = dict(size="demo/16", image_size=32, num_classes=10)
+    monkeypatch.setitem(SIZES, "mine", SIZES["demo/16"])
+    assert directory_of(dataclasses.replace(params, denoiser=DenoiserParams(**named | {"size": "mine"}))) == (
+        directory_of(params)), "an architecture counts, not its name"
+    monkeypatch.setitem(SIZES, "mine", SIZES["demo/16"] | {"mlp_ratio": 3.0})
+    assert directory_of(dataclasses.replace(params, denoiser=DenoiserParams(**named | {"size": "mine"}))) != (
+        directory_of(params))
     for change, same in ({"versions": {"torch": "3.0"}}, True), ({"classes": [*range(9)]}, False):
         (tmp_path / "out/shard/renamed/manifest.json").write_text(json.dumps(manifest | change))
         assert (directory_of(renamed) == directory_of(params)) == same
@@ -177,11 +190,13 @@ def test_a_network_for_the_evaluation_alone_retrains_nothing(directory_of, param
 
 def test_a_run_that_goes_on_under_other_versions_says_so(directory_of, params, capsys):
     directory = directory_of(params)
-    assert directory_of(params) == directory and capsys.readouterr().err == ""
+    for _ in range(2):
+        with runs.working(directory):
+            assert capsys.readouterr().err == ""
     versions = json.loads((directory / "versions.json").read_text())
     (directory / "versions.json").write_text(json.dumps(versions | {"torch": "2.0"}))
-    assert directory_of(params) == directory
-    assert f"{directory.name} was begun under torch 2.0, now {versions['torch']}: " in capsys.readouterr().err
+    with runs.working(directory):
+        assert f"{directory.name} was begun under torch 2.0, now {versions['torch']}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", [
@@ -220,6 +235,8 @@ def test_what_a_bad_number_stopped_goes_on_from_the_state_before_it(params, monk
     assert run_rank(changed(params, on_nonfinite="skip(1)"))[-1] == 4
     last = read_state(tmp_path / "checkpoints/step-00000004.pt")
     assert (last["step"], last["skipped"]) == (4, 1)
+    with pytest.raises(NonFiniteError, match=r"passed over 1 steps .*more than run.on_nonfinite stop allows"):
+        training(params, tmp_path).export(tmp_path / "model")
     rows = [line.split(",") for line in (tmp_path / "curve.csv").read_text().splitlines()]
     assert [row[rows[0].index("skipped")] for row in rows] == ["skipped", "0", "0", "0", "1"]
 
@@ -321,7 +338,7 @@ def test_a_damaged_last_checkpoint_is_trained_again(params, monkeypatch, tmp_pat
     trained: list = []
     found: dict = {}
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(stage, "resolved_params", read_params)
+    monkeypatch.setattr(stage, "resolved_params", lambda _: read_params())
     monkeypatch.setattr(stage.sys, "argv", ["train", "c2i"])
     monkeypatch.setattr(stage, "prepare", lambda *_: run)
     monkeypatch.setattr(stage, "train", train)

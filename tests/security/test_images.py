@@ -159,7 +159,7 @@ def test_a_prompt_cannot_say_where_its_images_go(tmp_path, monkeypatch):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "name": "../../x"}\n{"name": "/etc", "prompt": "b", "tag": "c"}')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["prompts", "p"])
-    monkeypatch.setattr(prompts_stage, "resolved_params", lambda: type("P", (), {"prompts": {"p": PromptsParams(
+    monkeypatch.setattr(prompts_stage, "resolved_params", lambda stage: type("P", (), {"prompts": {"p": PromptsParams(
         "file", "p.jsonl")}}))
     prompts_stage.main()
     found = load_prompts(tmp_path / "out/prompts/p/prompts.jsonl")
