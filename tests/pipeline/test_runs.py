@@ -83,6 +83,15 @@ def test_who_clears_a_finished_run_away_disturbs_nobody_who_waits_for_it(tmp_pat
     assert [*tmp_path.iterdir()] == []
 
 
+def test_a_finished_run_is_out_of_the_way_before_any_of_it_is_deleted(tmp_path, monkeypatch):
+    """Its lease among it, without which somebody else could begin in the folder that is being deleted."""
+    run, delete, there = tmp_path / "run", shutil.rmtree, []
+    monkeypatch.setattr(runs.shutil, "rmtree", lambda path: (there.append(run.exists()), delete(path)))
+    with runs.working(run):
+        runs.clear(run)
+    assert there == [False] and [*tmp_path.iterdir()] == []
+
+
 def test_who_has_time_waits_for_the_lease_and_says_so(tmp_path, monkeypatch, capsys):
     """The holder clears its folder away when it has finished: what comes next begins in a new one."""
     path = tmp_path / "run/lease"

@@ -482,6 +482,16 @@ def test_an_interrupted_run_on_containers_goes_on_and_gives_the_same_bytes(shard
     assert content(Path("out/shard/name")) == whole
 
 
+def test_another_order_of_captions_is_another_run(shard_stage, tmp_path):
+    """What is finished of the one has its columns in the other order."""
+    write(tmp_path / "rows/p.parquet", {"image": [encoded(sized(n)) for n in range(9)], "a": ["x"] * 9, "b": ["y"] * 9})
+    for columns in {"a": 1.0, "b": 2.0}, {"b": 2.0, "a": 1.0}:
+        source = SourceParams("parquet", str(tmp_path / "rows"), columns, "image")
+        with pytest.raises(KeyboardInterrupt):
+            shard_stage(DatasetParams({"rows": source}, (32,)), stop=0)
+    assert len([*Path("runs/shard").iterdir()]) == 2
+
+
 def test_many_bad_samples_stop_the_stage_before_all_containers_are_read(shard_stage, tmp_path, monkeypatch):
     monkeypatch.setattr(shard, "UNCOUNTED", 10)
     for n in range(4):

@@ -173,6 +173,17 @@ def test_a_run_is_known_by_its_meaning(directory_of, params, tmp_path, monkeypat
         assert (directory_of(renamed) == directory_of(params)) == same
 
 
+def test_the_order_in_which_sources_stand_is_no_part_of_the_order_of_images(params):
+    sources = {name: {"captions": {"txt": 1.0}} for name in "bca"}
+    for mixture in None, {"c": 1.0, "a": 2.0}:
+        plans = [rank.plan_of(dataclasses.replace(params, mixture=given), dict(reversed(sources.items())) if given else
+                              listed, lambda name, size: SimpleNamespace(total=ord(name)))
+                 for given, listed in ((mixture, sources),
+                                       (mixture and dict(reversed(mixture.items())), dict(sorted(sources.items()))))]
+        assert [source.weight for source in plans[0].sources] == [source.weight for source in plans[1].sources]
+        assert [source.split.total for source in plans[0].sources] == [ord(c) for c in ("ac" if mixture else "abc")]
+
+
 def test_a_network_for_the_evaluation_alone_retrains_nothing(directory_of, params, tmp_path):
     """Training is known by those of the frozen networks that its objective has."""
     weights, before = tmp_path / "out/weights", directory_of(params)
