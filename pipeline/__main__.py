@@ -10,12 +10,11 @@ from ruamel.yaml.error import YAMLError
 
 from pipeline import describe, older
 from pipeline.cluster import read_cluster
-from pipeline.older import OUT
 from pipeline.params import PARAMS, Params, read_params, resolve
 from pipeline.storage import other_versions
 from pixelgen.config import ConfigError, require
 from pixelgen.errors import UserError
-from pixelgen.manifest import MANIFEST, read_manifest
+from pixelgen.manifest import read_manifest
 from pixelgen.store import write_atomic
 
 TFLOPS, UTILISATION, MEMORY, PRICE = 989.0, 0.35, 80.0, 2.5
@@ -80,9 +79,9 @@ def params(args: argparse.Namespace) -> Iterable[str]:
 
 def check(_: argparse.Namespace) -> Iterable[str]:
     """A line for each output, with what was installed otherwise when it was made."""
-    for path in sorted(OUT.rglob(MANIFEST)):
-        if changed := other_versions(read_manifest(path.parent, None).get("versions", {})):
-            yield f"{path.parent}: {changed}"
+    for folder in older.outputs():
+        if changed := other_versions(read_manifest(folder, None).get("versions", {})):
+            yield f"{folder}: {changed}"
 
 
 def adopt(_: argparse.Namespace) -> Iterable[str]:

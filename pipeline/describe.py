@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from pipeline.params import Params, read_params
-from pixelgen.config import ConfigError, choose, comments
+from pixelgen.config import ConfigError, choose, comments, dotted
 from pixelgen.recipe import read_yaml
 
 ABSENT = "-"
@@ -32,17 +32,13 @@ def _values(value: Any, written: Any, name: str, comment: str) -> Iterator[Value
     told = written if isinstance(written, Mapping) else {}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
-            yield from _values(getattr(value, field.name), told.get(field.name, ABSENT), _join(name, field.name),
+            yield from _values(getattr(value, field.name), told.get(field.name, ABSENT), dotted(name, field.name),
                                comments(type(value)).get(field.name, ""))
     elif isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values())):
         for key, inner in value.items():
-            yield from _values(inner, told.get(key, ABSENT), _join(name, key), comment)
+            yield from _values(inner, told.get(key, ABSENT), dotted(name, key), comment)
     else:
         yield Value(name, value, written != ABSENT, comment)
-
-
-def _join(name: str, key: str) -> str:
-    return f"{name}.{key}" if name else key
 
 
 def show(path: Path, key: str | None) -> Iterator[str]:

@@ -24,7 +24,6 @@ from pixelgen.estimate import (
 from pixelgen.manifest import MANIFEST
 from pixelgen.models import build_denoiser
 from pixelgen.objective import repa_projector
-from pixelgen.rank import uses_dino
 
 WEIGHTS = Path("out/weights")
 DINO: dict[str, Any] = {"architecture": "vit_base_patch14_dinov2", "arguments": {}}
@@ -41,7 +40,7 @@ def networks(train: TrainParams, demo: bool = False) -> Networks:
     d, o = train.denoiser.resolve(), train.objective
     dino = metric = text = projector = None
     with torch.device("meta"), quiet():
-        if uses_dino(o):
+        if o.uses_dino:
             grid = d.image_size // d.patch_size
             dino = Dino(build_dino(described("dino") if demo else DINO, grid), grid)
         if o.repa_weight and dino:

@@ -11,7 +11,7 @@ from ruamel.yaml.comments import CommentedMap
 
 from pipeline.storage import run_name
 from pipeline.store import open_store
-from pixelgen.config import RunConfig, load, require
+from pixelgen.config import RunConfig, defaults_of, load, require
 from pixelgen.errors import StorageError
 from pixelgen.manifest import IDENTITY, MANIFEST, identity, read_manifest
 from pixelgen.recipe import check_yaml
@@ -64,42 +64,37 @@ def migrated(path: Path, cls: type) -> str:
     return new.getvalue()
 
 
-def reduce(written: Any, value: Any) -> None:
-    """Delete from a mapping what a dataclass has by default anyway."""
+def reduce(written: Any, value: Any, default: Any = dataclasses.MISSING) -> None:
+    """Delete from a mapping what the loaded `value` has without it: as in `default`, or by its class."""
     if isinstance(value, dict):
         for key, inner in value.items():
             reduce(written[key], inner)
-    if not dataclasses.is_dataclass(value) or not isinstance(written, Mapping):
-        return
-    reduce_to(written, value, {f.name: f.default for f in dataclasses.fields(value)})
+    elif dataclasses.is_dataclass(value):
+        for name, usual in defaults_of(type(value), default).items():
+            if name in written and getattr(value, name) == usual:
+                del written[name]
+            elif name in written:
+                reduce(written[name], getattr(value, name),
+                       usual if dataclasses.is_dataclass(usual) else dataclasses.MISSING)
 
 
-def reduce_to(written: Any, value: Any, defaults: dict[str, Any]) -> None:
-    for name in [*written]:
-        found, default = getattr(value, name), defaults[name]
-        if found == default:
-            del written[name]
-        elif default is dataclasses.MISSING or not dataclasses.is_dataclass(default):
-            reduce(written[name], found)
-        else:
-            reduce_to(written[name], found, {f.name: getattr(default, f.name) for f in dataclasses.fields(default)})
+def outputs() -> Iterator[Path]:
+    """Folders of finished outputs, without a look into them: they may hold millions of files."""
+    for depth in ("*", "*/*", "*/*/*"):
+        yield from (path.parent for path in sorted(OUT.glob(f"{depth}/{MANIFEST}")))
 
 
 def finished_stages() -> Iterator[str]:
     """Stages, as DVC calls them, whose outputs are all there."""
-    for depth in ("*", "*/*", "*/*/*"):
-        for path in sorted(OUT.glob(f"{depth}/{MANIFEST}")):
-            stage, *key = path.parent.relative_to(OUT).parts
-            if stage != "train" or all((OUT / "train" / key[0] / name).exists() for name in ("curve.csv", "grids")):
-                yield "@".join([stage, *key[:1]])
+    for folder in outputs():
+        stage, *key = folder.relative_to(OUT).parts
+        if stage != "train" or all((OUT / "train" / key[0] / name).exists() for name in ("curve.csv", "grids")):
+            yield "@".join([stage, *key[:1]])
 
 
 def older_outputs() -> Iterator[Path]:
     """Folders of finished outputs without an identity."""
-    for depth in ("*", "*/*", "*/*/*"):
-        for path in OUT.glob(f"{depth}/{MANIFEST}"):
-            if not (path.parent / IDENTITY).exists():
-                yield path.parent
+    return (folder for folder in outputs() if not (folder / IDENTITY).exists())
 
 
 def refuse_older_outputs() -> None:

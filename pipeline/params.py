@@ -280,12 +280,8 @@ class Params:
             require(self.train[earlier].denoiser.size == train.denoiser.size, f"{where}.init: {earlier} trains "
                     f"{self.train[earlier].denoiser.size}, not {train.denoiser.size}")
             seen, earlier = [*seen, earlier], self.train[earlier].init
-        if train.objective.repa_weight or train.objective.pdino_weight:
-            self._need("dino", where)
-        if train.objective.lpips_weight:
-            self._need("lpips", where)
-        if train.text:
-            self._need("text", where)
+        for network in train.networks:
+            self._need(network, where)
 
     def _check_evaluate(self, where: str, evaluate: EvaluateParams) -> None:
         choose(evaluate.sample, list(self.sample), f"{where}.sample")

@@ -40,10 +40,10 @@ def working(directory: Path) -> Iterator[None]:
     """Hold a run directory, which is made if need be, for the driver of its stage. Where it was begun under other
     versions, the user is told."""
     with lease(directory / "driver.lease"):
-        path, now = directory / VERSIONS, versions()
+        path = directory / VERSIONS
         if not path.exists():
-            write_json(path, now)
-        if changed := other_versions(json.loads(path.read_bytes())):
+            write_json(path, versions())
+        elif changed := other_versions(json.loads(path.read_bytes())):
             print(f"{directory} was begun under {changed}: what comes may differ by rounding", file=sys.stderr)
         yield
 

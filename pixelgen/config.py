@@ -87,7 +87,7 @@ def _convert(hint: Any, value: Any, where: str, default: Any = dataclasses.MISSI
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: expected a mapping of names, got {value!r}")
-        return {str(k): _convert(args[1], v, _join(where, str(k))) for k, v in value.items()}
+        return {str(k): _convert(args[1], v, dotted(where, str(k))) for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
@@ -102,23 +102,29 @@ def _build(cls: type[T], data: Any, where: str, default: Any) -> T:
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where or cls.__name__}: expected a mapping, got {data!r}")
     hints = get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    defaults = defaults_of(cls, default)
     for key in data:
-        choose(key, [*fields], f"{where or 'top level'}: key")
-    defaults = {name: field.default if default is dataclasses.MISSING else getattr(default, name)
-                for name, field in fields.items()}
-    if missing := [n for n in fields if n not in data and defaults[n] is dataclasses.MISSING]:
-        needed = [n for n in fields if defaults[n] is dataclasses.MISSING]
+        choose(key, [*defaults], f"{where or 'top level'}: key")
+    needed = [n for n, value in defaults.items() if value is dataclasses.MISSING]
+    if missing := [n for n in needed if n not in data]:
         raise ConfigError(f"{where or 'top level'}: missing key {', '.join(missing)}; needed: {', '.join(needed)}")
-    values = {n: _convert(hints[n], data[n], _join(where, n), defaults[n]) if n in data else defaults[n]
-              for n in fields}
+    values = {n: _convert(hints[n], data[n], dotted(where, n), value) if n in data else value
+              for n, value in defaults.items()}
     try:
         return cls(**values)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}" if where else str(error)) from None
 
 
-def _join(where: str, key: str) -> str:
+def defaults_of(cls: type, default: Any) -> dict[str, Any]:
+    """What each field of a dataclass is if nobody says otherwise, or MISSING: as in the instance `default`; MISSING: as
+    in the class."""
+    return {field.name: field.default if default is dataclasses.MISSING else getattr(default, field.name)
+            for field in dataclasses.fields(cls)}
+
+
+def dotted(where: str, key: str) -> str:
+    """The name of a key below another, which may be the top."""
     return f"{where}.{key}" if where else key
 
 
@@ -204,6 +210,10 @@ class ObjectiveConfig:
     time_mean: float = -0.8  # t = sigmoid(normal(mean, std)), then shifted
     time_std: float = 0.8  # as time_mean
     timeshift: float = 1.0  # above 1: more of the times close to the noise
+
+    @property
+    def uses_dino(self) -> bool:
+        return self.repa_weight > 0 or self.pdino_weight > 0
 
     def __post_init__(self) -> None:
         for name in ("repa_weight", "lpips_weight", "pdino_weight"):

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pixelgen.checkpoint import export, load_state, read_state, start_from
-from pixelgen.config import DenoiserConfig, MemoryConfig, ObjectiveConfig, require
+from pixelgen.config import DenoiserConfig, MemoryConfig, require
 from pixelgen.data.executors import Executor
 from pixelgen.data.feed import Plan, Source, lane_batches
 from pixelgen.data.shards import Split, first_captions
@@ -301,13 +301,9 @@ def build_objective(recipe: Recipe, weights: Path, text: TextEncoder | None, dev
     """The objective with the frozen networks that its weights call for."""
     o, d = recipe.objective, recipe.denoiser.resolve()
     null = text([""])[0] if text else torch.tensor(recipe.denoiser.num_classes, device=device)
-    dino = load_dino(weights / "dino", d.image_size // d.patch_size).to(device) if uses_dino(o) else None
+    dino = load_dino(weights / "dino", d.image_size // d.patch_size).to(device) if o.uses_dino else None
     lpips = load_lpips(weights / "lpips").to(device) if o.lpips_weight else None
     if recipe.fit.precision == "bf16":
         for network in filter(None, (dino, lpips)):
             store_in_bf16(network)
     return Objective(o, d.patch_size, null, dino, lpips)
-
-
-def uses_dino(objective: ObjectiveConfig) -> bool:
-    return objective.repa_weight > 0 or objective.pdino_weight > 0

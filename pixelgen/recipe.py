@@ -70,6 +70,12 @@ class Recipe:
                 f"objective.repa_block {self.objective.repa_block}: the denoiser has blocks 0 to {depth - 1}")
 
     @property
+    def networks(self) -> list[str]:
+        """The frozen networks that training needs."""
+        used = {"dino": self.objective.uses_dino, "lpips": self.objective.lpips_weight, "text": self.text}
+        return [name for name, use in used.items() if use]
+
+    @property
     def trajectory(self) -> dict[str, Any]:
         """What names a training: all that the weights at one of its steps depend on. How far it goes is not part of
         that: to raise `fit.steps` is to go on."""

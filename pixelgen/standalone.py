@@ -14,14 +14,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pixelgen.config import MemoryConfig, choose, require
+from pixelgen.config import MemoryConfig, choose, dotted, require
 from pixelgen.data.executors import Executor, InProcess, processes, processors_left
 from pixelgen.data.shards import LocalFile, open_split
 from pixelgen.errors import UserError
 from pixelgen.files import try_lock
 from pixelgen.manifest import IDENTITY, MANIFEST, check_file, identity, read_manifest, sha256
 from pixelgen.progress import Progress
-from pixelgen.rank import Training, check_data, plan_of, stopping, train_rank, uses_dino
+from pixelgen.rank import Training, check_data, plan_of, stopping, train_rank
 from pixelgen.recipe import Recipe
 from pixelgen.store import LocalStore
 
@@ -54,13 +54,11 @@ def train_here(recipe: Recipe, shards: Path, out: Path, weights: Path, start: Pa
     plan = plan_of(recipe, sources, lambda name, size: open_split(
         manifest, lambda entry: LocalFile(shards / entry["path"]), "train", name, size))
     check_data(recipe, manifest, plan, str(shards))
-    o = recipe.objective
-    needed = [name for name, used in (("dino", uses_dino(o)), ("lpips", o.lpips_weight), ("text", recipe.text)) if used]
-    for name in needed:
+    for name in recipe.networks:
         require((weights / name).is_dir(), f"{weights} has no folder {name}, which the recipe needs: name the folder "
                 "of the frozen networks (--weights)")
-    made_of = {"recipe": recipe.trajectory, "shards": identity(manifest), "weights": folder_hash(weights, needed),
-               "init": start and folder_hash(start)}
+    made_of = {"recipe": recipe.trajectory, "shards": identity(manifest),
+               "weights": folder_hash(weights, recipe.networks), "init": start and folder_hash(start)}
     out.mkdir(parents=True, exist_ok=True)
     out = out.absolute()
     run = Training(recipe, out, LocalStore(out), plan, weights, start, memory)
@@ -123,7 +121,7 @@ def flat(values: Any, name: str = "") -> dict[str, Any]:
     """Nested values by their dotted names."""
     if not isinstance(values, dict):
         return {name: values}
-    return {k: v for key, value in values.items() for k, v in flat(value, f"{name}.{key}" if name else key).items()}
+    return {k: v for key, value in values.items() for k, v in flat(value, dotted(name, key)).items()}
 
 
 def folder_hash(folder: Path, parts: Sequence[str] = (".",)) -> str:

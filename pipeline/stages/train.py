@@ -15,7 +15,7 @@ from pipeline.rank import Run, ray_rank, run_rank
 from pipeline.runs import Stopped, run_directory, run_stage, working
 from pipeline.storage import Storage, fresh_directory, run_name
 from pixelgen.progress import Progress
-from pixelgen.rank import check_data, stopping, uses_dino
+from pixelgen.rank import check_data, stopping
 from pixelgen.recorders import CURVE, grids_upto, upto
 
 EXPORTED = "exported.json"  # in the run's store: which files make up the model
@@ -43,9 +43,7 @@ def prepare(key: str, params: TrainParams, storage: Storage, cluster: Cluster) -
     for artifact in (weights, start):
         if artifact and artifact["root"] is None:
             artifact.local()  # or every rank would find what is damaged, and Ray Train start it again
-    used = [name for name, use in (("dino", uses_dino(params.objective)), ("lpips", params.objective.lpips_weight),
-                                   ("text", params.text)) if use]
-    made_of = [params.trajectory, data.identity, weights.part(*used), start and start.identity]
+    made_of = [params.trajectory, data.identity, weights.part(*params.networks), start and start.identity]
     directory = run_directory("train", *made_of)
     refuse_older_runs(key, directory, storage.root)
     run = Run(params, directory.absolute(), storage.run(directory), data, weights, start, cluster)
