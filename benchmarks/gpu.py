@@ -6,6 +6,7 @@ a CPU.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -29,21 +30,26 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch.profiler import ProfilerActivity, profile
 
-from pixelgen.config import FitConfig, MemoryConfig, ObjectiveConfig, OptimizerConfig, SamplerConfig
+from pixelgen.conditioning import Conditioning, Labels, Prompts
+from pixelgen.config import FitConfig, MemoryConfig, OptimizerConfig
 from pixelgen.data.executors import processes
-from pixelgen.data.feed import Plan, Source, lane_batches
+from pixelgen.data.feed import MixedSource, Plan, lane_batches
 from pixelgen.data.shards import LocalFile, Shard, Split, describe_pieces, encode_shard
+from pixelgen.denoisers import Architecture, jit, jit_t2i
 from pixelgen.encoders.dino import PATCH, Dino
 from pixelgen.encoders.lpips import Lpips
 from pixelgen.encoders.text import TextEncoder
 from pixelgen.generate import PixelGen
 from pixelgen.manifest import MANIFEST
-from pixelgen.models import SIZES, TEXT_SIZES, build_denoiser, denoiser_config, text_denoiser_config
-from pixelgen.models.speed import compile_blocks
 from pixelgen.objective import Objective
 from pixelgen.precision import store_in_bf16
 from pixelgen.recipe import read_yaml
 from pixelgen.recorders import CURVE
+from pixelgen.samplers import Sampler
+from pixelgen.samplers.adams_bashforth import AdamsBashforth
+from pixelgen.samplers.heun import Heun
+from pixelgen.speed import compile_blocks
+from pixelgen.terms import LpipsConfig, ObjectiveConfig, PDinoConfig
 from pixelgen.train import LaneBatch, create_state, train
 
 TINY = os.environ.get("PIXELGEN_TINY") == "1"
@@ -52,8 +58,8 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 LANE, LENGTH, WORDS = 8, 128, 900
 LIMIT = 240  # seconds until a row that is not ready is given up
 PEAK = 989e3  # GFLOP/s of bf16 matrix products, dense: H100 and H200
-HEUN = SamplerConfig(name="heun", steps=50, guidance=2.25, interval=(0.1, 0.9), timeshift=2.0)
-ADAMS = SamplerConfig(name="adams_bashforth", steps=25, guidance=4.0, timeshift=3.0, order=2)
+HEUN = Heun(steps=50, guidance=2.25, interval=(0.1, 0.9), timeshift=2.0)
+ADAMS = AdamsBashforth(steps=25, guidance=4.0, timeshift=3.0, order=2)
 
 # size, image size, batch, gated terms, GFLOP an image (forward and backward, every network), GB while it compiles
 TRAINED: dict[str, tuple[str, int, int, tuple[str, ...], float, int]] = {
@@ -67,7 +73,7 @@ TRAINED: dict[str, tuple[str, int, int, tuple[str, ...], float, int]] = {
     "train-XXL-512-saving": ("XXL/16", 512, 16, ("lpips",), 5600, 55),  # all blocks recomputed, averages on the CPU
 }
 # size, image size, batch, sampler, GFLOP an image, GB
-SAMPLED: dict[str, tuple[str, int, int, SamplerConfig, float, int]] = {
+SAMPLED: dict[str, tuple[str, int, int, Sampler, float, int]] = {
     "sample-XL": ("XL/16", 256, 64, HEUN, 45.5e3, 12),
     "sample-XXL": ("XXL/16", 512, 16, ADAMS, 69.4e3, 25),
 }
@@ -106,27 +112,41 @@ def text_encoder(device: torch.device = DEVICE, tiny: bool = TINY) -> TextEncode
     return TextEncoder(tokenizer, network, LENGTH)
 
 
+def architecture(size: str, image_size: int, dropout: float = 0.0) -> Architecture:
+    if size in jit_t2i.SIZES:
+        return jit_t2i.JiTTextOptions(size, image_size).resolve()
+    return jit.JiTOptions(size, image_size, 1000, dropout).resolve()
+
+
+def conditioning_of(of: Architecture) -> Conditioning:
+    return Prompts(text_encoder()) if isinstance(of, jit_t2i.JiTTextConfig) else Labels(1000, DEVICE)
+
+
 def prompts(count: int) -> list[str]:
     """Of 64 tokens each, so that half of each is padding."""
     return [" ".join(str((n * 7 + k) % WORDS) for k in range(LENGTH // 2)) for n in range(count)]
 
 
+def examples(conditioning: Conditioning, count: int) -> list[Any]:
+    """Labels or prompts."""
+    return prompts(count) if conditioning.classes is None else [n % conditioning.classes for n in range(count)]
+
+
 def prepared_training(row: str, size: str, image_size: int, batch: int, gated: tuple[str, ...]
                       ) -> tuple[Iterator[Any], dict[str, Any]]:
-    text = size in TEXT_SIZES
-    d = text_denoiser_config(size, image_size) if text else denoiser_config(size, image_size, 1000, 0.1)
+    d = architecture(size, image_size, 0.1)
     dino, metric = networks(image_size)
-    encoder = text_encoder() if text else None
-    null = encoder([""])[0] if encoder else torch.tensor(1000, device=DEVICE)
-    if encoder:
-        compile_blocks(encoder.network)
-    objective = Objective(ObjectiveConfig(gated=gated), 16, null, dino, metric)  # type: ignore[arg-type]
-    o = OptimizerConfig(lr=1e-4, clip=1.0 if text else None)
+    conditioning = conditioning_of(d)
+    if conditioning.network:
+        compile_blocks(conditioning.network)
+    terms = ObjectiveConfig(lpips=LpipsConfig(gated="lpips" in gated), pdino=PDinoConfig(gated="pdino" in gated))
+    objective = Objective(terms, 16, conditioning.null()[0], {"dino": dino, "lpips": metric})
+    o = OptimizerConfig(lr=1e-4, clip=1.0 if conditioning.network else None)
     lanes = batch // LANE
     config = FitConfig(steps=10**6, batch_size=batch, lanes=lanes, seed=0, ema_decay=0.9999, precision="bf16",
                        compile=True)
     state = create_state(d, objective, o, 0, DEVICE)
-    batches = fed(batch, lanes) if row.endswith("fed") else made(image_size, lanes, encoder)
+    batches = fed(batch, lanes) if row.endswith("fed") else made(image_size, lanes, conditioning)
     described = {"parameters": sum(p.numel() for p in state.model.denoiser.parameters()), "batch": batch}
     memory = MemoryConfig(lanes)
     if row.endswith("saving"):
@@ -135,13 +155,14 @@ def prepared_training(row: str, size: str, image_size: int, batch: int, gated: t
     return train(state, batches, objective, o, config, memory=memory), described
 
 
-def made(image_size: int, lanes: int, encoder: TextEncoder | None) -> Iterator[list[LaneBatch]]:
+def made(image_size: int, lanes: int, conditioning: Conditioning) -> Iterator[list[LaneBatch]]:
     """Random images that lie on the device; prompts are encoded anew for each step."""
     size = (lanes, LANE, 3, image_size, image_size)
     images = torch.randint(0, 256, size, dtype=torch.uint8).to(DEVICE)
-    labels, captions = torch.arange(lanes * LANE, device=DEVICE) % 1000, prompts(lanes * LANE)
+    asked = examples(conditioning, lanes * LANE)
+    labels = conditioning.encode(asked) if conditioning.classes else None
     for step in itertools.count():
-        conditions = (labels if encoder is None else encoder(captions)).split(LANE)
+        conditions = (conditioning.encode(asked) if labels is None else labels).split(LANE)
         yield [LaneBatch(step, n, [""] * LANE, images[n], conditions[n]) for n in range(lanes)]
 
 
@@ -158,9 +179,9 @@ def fed(batch: int, lanes: int) -> Iterator[list[LaneBatch]]:
     path = Path(tempfile.mkstemp(suffix=".parquet")[1])
     path.write_bytes(data)
     shard = Shard(LocalFile(path), len(rows), hashlib.sha256(data).hexdigest(), describe_pieces(data))
-    plan = Plan((Source(Split((shard,))),), 64 if TINY else 256, 0, batch, lanes)
+    plan = Plan((MixedSource(Split((shard,))),), 64 if TINY else 256, 0, batch, lanes)
     with processes(max((os.cpu_count() or 1) - 2, 1)) as executor:
-        yield from lane_batches(plan, range(lanes), 0, 10**6, DEVICE, None, executor)
+        yield from lane_batches(plan, range(lanes), 0, 10**6, DEVICE, torch.tensor, executor)
 
 
 def measure_training(row: str, go: Callable[[], None], folder: Path | None) -> dict[str, Any]:
@@ -195,24 +216,23 @@ def measure_training(row: str, go: Callable[[], None], folder: Path | None) -> d
 def measure_sampling(row: str, go: Callable[[], None], folder: Path | None) -> dict[str, Any]:
     size, image_size, batch, sampler, flops, _ = SAMPLED[row]
     image_size = 64 if TINY else image_size
-    text = size in TEXT_SIZES
-    d = text_denoiser_config(size, image_size) if text else denoiser_config(size, image_size, 1000, 0.0)
-    denoiser = store_in_bf16(build_denoiser(d).to(DEVICE).eval().requires_grad_(False))
+    d = architecture(size, image_size)
+    denoiser = store_in_bf16(d.build().to(DEVICE).eval().requires_grad_(False))
     compile_blocks(denoiser)
-    model = PixelGen(denoiser, "bf16", text_encoder() if text else None)  # type: ignore[arg-type]
-    wanted: Sequence[Any] = prompts(batch) if text else [*range(batch)]
-    short = SamplerConfig(**{**vars(sampler), "steps": 4})
+    model = PixelGen(denoiser, "bf16", conditioning_of(d))
+    asked = examples(model.conditioning, batch)
+    short = dataclasses.replace(sampler, steps=4)
     began = time.perf_counter()
-    model.generate(wanted, range(batch), short)
+    model.generate(asked, range(batch), short)
     first = time.perf_counter() - began
     go()
-    model.generate(wanted, range(batch), short)
+    model.generate(asked, range(batch), short)
     began = time.perf_counter()
-    model.generate(wanted, range(batch), SamplerConfig(**{**vars(sampler), "steps": 4}) if TINY else sampler)
+    model.generate(asked, range(batch), short if TINY else sampler)
     seconds = time.perf_counter() - began
     return {"first_s": round(first, 1), "batch": batch, "seconds": round(seconds, 2),
             "images_per_second": round(batch / seconds, 2), "mfu": round(batch / seconds * flops / PEAK, 3),
-            "gpu_busy": busy((model.generate(wanted, range(batch), short) for _ in itertools.count()),
+            "gpu_busy": busy((model.generate(asked, range(batch), short) for _ in itertools.count()),
                              folder and folder / f"{row}.txt")} | memory()
 
 
@@ -256,9 +276,9 @@ def measure_resume(row: str, go: Callable[[], None], folder: Path | None) -> dic
     """The demo's classes, trained in bf16: once undisturbed, once killed (-9) after half of the steps and started
     again. The losses of both, and what two undisturbed runs differ by."""
     subprocess.run([sys.executable, "-m", "pipeline.params"], check=True)
-    for stage, made in (("weights", Path("out/weights")), ("shard digits", Path("out/shard/digits"))):
+    for stage, made in (("networks", Path("out/networks")), ("shard digits", Path("out/shard/digits"))):
         if not (made / MANIFEST).exists():
-            subprocess.run([sys.executable, "-m", *f"pipeline.stages.{stage}".split()], check=True)
+            subprocess.run([sys.executable, "-m", "pipeline", *stage.split()], check=True)
     recipe = read_yaml(Path("params.yaml"))["train"]["c2i"]
     steps = 16 if TINY else 200
     recipe["fit"] |= {"steps": steps, "precision": "bf16"}
@@ -329,7 +349,7 @@ def memory() -> dict[str, float]:
 def one(row: str, folder: Path | None) -> None:
     """A row in this process: prepare it, say so, and time it when told to."""
     if TINY:
-        for table, key in ((SIZES, "XL/16"), (SIZES, "L/16"), (TEXT_SIZES, "XXL/16")):
+        for table, key in ((jit.SIZES, "XL/16"), (jit.SIZES, "L/16"), (jit_t2i.SIZES, "XXL/16")):
             table[key] |= dict(width=96, depth=10, heads=4)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints

@@ -18,15 +18,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import networks
-from pixelgen.config import DenoiserConfig, FitConfig, ObjectiveConfig, OptimizerConfig
-from pixelgen.models import build_denoiser
+from pixelgen.config import FitConfig, OptimizerConfig
+from pixelgen.denoisers.jit import JiTConfig
 from pixelgen.objective import Objective
 from pixelgen.path import velocity
-from pixelgen.samplers import heun, sampling_times
+from pixelgen.samplers.heun import Heun
+from pixelgen.sampling import sampling_times
+from pixelgen.terms import LpipsConfig, ObjectiveConfig, PDinoConfig
 from pixelgen.train import LaneBatch, create_state, train_step
 
-S16 = DenoiserConfig(image_size=256, patch_size=16, width=384, depth=12, heads=6, bottleneck=128, in_context_start=4,
-                     in_context_len=32, dropout=0.0, num_classes=1000)
+S16 = JiTConfig(image_size=256, patch_size=16, width=384, depth=12, heads=6, bottleneck=128, in_context_start=4,
+                in_context_len=32, dropout=0.0, num_classes=1000)
 
 
 def gate(batch: int) -> tuple[Callable[[], Any], Callable[[], Any], dict[str, Any]]:
@@ -39,9 +41,9 @@ def gate(batch: int) -> tuple[Callable[[], Any], Callable[[], Any], dict[str, An
                        compile=False)
     shares: list[float] = []
 
-    def steps(gated: tuple[Any, ...]) -> Callable[[], Any]:
-        objective, optimizer = Objective(ObjectiveConfig(gated=gated, balance_start=None), 16, null, dino, lpips), \
-            OptimizerConfig()
+    def steps(gated: bool) -> Callable[[], Any]:
+        terms = ObjectiveConfig(lpips=LpipsConfig(gated=gated), pdino=PDinoConfig(gated=gated), balance_start=None)
+        objective, optimizer = Objective(terms, 16, null, {"dino": dino, "lpips": lpips}), OptimizerConfig()
         state = create_state(S16, objective, optimizer, 0, torch.device("cpu"))
         images = torch.randint(0, 256, (batch, 3, 256, 256), dtype=torch.uint8)
 
@@ -52,12 +54,12 @@ def gate(batch: int) -> tuple[Callable[[], Any], Callable[[], Any], dict[str, An
                 shares.append(metrics["gate_share"])
         return step
 
-    return steps(()), steps(("lpips", "pdino")), {"batch": batch, "shares": shares}
+    return steps(False), steps(True), {"batch": batch, "shares": shares}
 
 
 def guidance(batch: int) -> tuple[Callable[[], Any], Callable[[], Any], dict[str, Any]]:
     """Samplings that compute both halves, and those that compute the one that counts."""
-    denoiser = build_denoiser(S16).eval().requires_grad_(False)
+    denoiser = S16.build().eval().requires_grad_(False)
     noise, labels, null = torch.randn(batch, 3, 256, 256), torch.arange(batch), torch.full((batch,), 1000)
 
     def one(x: Tensor, t: Tensor, at: Tensor) -> Tensor:
@@ -69,7 +71,7 @@ def guidance(batch: int) -> tuple[Callable[[], Any], Callable[[], Any], dict[str
         v = velocity(denoiser(twice, times, torch.cat([null, labels]))[0], twice, times)
         return v.chunk(2)[1]
 
-    times = sampling_times(4)
+    times, heun = sampling_times(4), Heun().integrate
     return lambda: heun(both, noise, times), lambda: heun(one, noise, times), {"batch": batch, "steps": 4}
 
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from pixelgen.data.executors import InProcess, processes
-from pixelgen.data.feed import Plan, Source, lane_batches, read_rows
+from pixelgen.data.feed import MixedSource, Plan, lane_batches, read_rows
 from pixelgen.data.order import WINDOW
 from pixelgen.data.shards import File, LocalFile, Shard, Split, describe_pieces, encode_shard
 
@@ -45,7 +45,7 @@ def measure_bytes(folder: Path) -> None:
     for lanes, size in LANES:
         read: list[int] = []
         counted = dataclasses.replace(shard, file=Counted(shard.file, read))
-        plan = Plan((Source(Split((counted,) * 1280)),), 256, 0, lanes * size, lanes)
+        plan = Plan((MixedSource(Split((counted,) * 1280)),), 256, 0, lanes * size, lanes)
         chosen = range(0, lanes, max(lanes // 16, 1))
         used = len([*read_rows(plan, chosen, 0, 8 * WINDOW, threads=0)])
         print(f"{lanes} lanes of {size}: {sum(read) * SHARD / (used * shard.pieces[-1][1]):.2f}")
@@ -96,14 +96,14 @@ def measure_speed(folder: Path) -> None:
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
     print(f"{COUNT} images of {sum(shard.pieces[-1][1] for shard in shards) / COUNT / 1000:.0f} kB")
-    plan = Plan((Source(Split(tuple(shards))),), 256, 0, BATCH, 4)
+    plan = Plan((MixedSource(Split(tuple(shards))),), 256, 0, BATCH, 4)
 
     def ours(workers: int) -> float:
         stop = 3 * COUNT // BATCH + 1
         if not workers:
-            return rate(lane_batches(plan, range(4), 0, stop, torch.device("cpu"), None, InProcess()))
+            return rate(lane_batches(plan, range(4), 0, stop, torch.device("cpu"), torch.tensor, InProcess()))
         with processes(workers) as executor:
-            return rate(lane_batches(plan, range(4), 0, stop, torch.device("cpu"), None, executor))
+            return rate(lane_batches(plan, range(4), 0, stop, torch.device("cpu"), torch.tensor, executor))
 
     def theirs(workers: int) -> float:
         dataset = (webdataset.WebDataset(tars, resampled=True).shuffle(1000).decode("pil")

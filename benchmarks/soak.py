@@ -50,7 +50,7 @@ def prepare(workspace: Path) -> Path:
     for name in COPIED:
         copy = shutil.copytree if Path(name).is_dir() else shutil.copyfile
         copy(name, workspace / name)
-    for name in ("weights", "shard"):
+    for name in ("networks", "shard"):
         (workspace / "out").mkdir(exist_ok=True)
         (workspace / "out" / name).symlink_to(Path("out", name).absolute())
     params = read_yaml(Path("params.yaml"))
@@ -65,7 +65,7 @@ def prepare(workspace: Path) -> Path:
 def live(workspace: Path, seconds: float) -> Series:
     """One run of the stage, from its start to its end by SIGKILL, and what was noted."""
     series: Series = defaultdict(list)
-    stage = subprocess.Popen([sys.executable, "-m", "pipeline.stages.train", "c2i"], cwd=workspace,
+    stage = subprocess.Popen([sys.executable, "-m", "pipeline", "train", "c2i"], cwd=workspace,
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     start, workers = time.monotonic(), dict[int, str]()
     while (age := time.monotonic() - start) < seconds:

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from pipeline.datasets import scenes
-from pipeline.judges import load_judges
+from pipeline.demo import scenes
+from pipeline.demo.geneval import DemoGenEval
 from pipeline.params import Params, read_params
 from pixelgen.encoders.lpips import load_lpips
 from pixelgen.generate import PixelGen
@@ -38,30 +38,30 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", default=STAGES)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    whole, rng = read_params(), np.random.default_rng(SEED)
+    params, rng = read_params(), np.random.default_rng(SEED)
     lines = (OUT / "prompts/geneval/prompts.jsonl").read_text().splitlines()
     prompts = [json.loads(line) for line in lines for _ in range(arguments.images)]
-    size = max(whole.train[stage].denoiser.image_size for stage in arguments.stages)
-    small = whole.train[arguments.stages[0]].denoiser.image_size
+    size = max(params.train[stage].denoiser.image_size for stage in arguments.stages)
+    small = params.train[arguments.stages[0]].denoiser.image_size
     real, other = (rendered(prompts, size, rng) for _ in range(2))
     reference = features(real)
     print(f"{len(prompts)} images a stage\n| stage | overall | {' | '.join(TAGS)} | right | edge | distance |")
     print("|" + "---|" * (len(TAGS) + 5))
     for stage in arguments.stages:
-        row(stage, resized(drawn(stage, whole, prompts), size), prompts, reference)
+        row(stage, resized(drawn(stage, params, prompts), size), prompts, reference)
     row("rendered", other, prompts, reference)
     shrunk = resized(other, small, Image.Resampling.BOX)
     row(f"rendered, {small} px", resized(shrunk, size), prompts, reference)
 
 
 def rendered(prompts: list[scenes.Prompt], size: int, rng: np.random.Generator) -> np.ndarray:
-    return np.stack([np.asarray(scenes.render(scenes.draw(p, rng), size, rng)) for p in prompts])
+    return np.stack([np.asarray(scenes.render(scenes.place(p, rng), size, rng)) for p in prompts])
 
 
-def drawn(stage: str, whole: Params, prompts: list[scenes.Prompt]) -> np.ndarray:
+def drawn(stage: str, params: Params, prompts: list[scenes.Prompt]) -> np.ndarray:
     """Images of a stage, (N, S, S, 3) uint8, by the sampler of the workflow with the time shift of its training."""
-    sampler = dataclasses.replace(whole.sample["geneval"].sampler, timeshift=whole.train[stage].objective.timeshift)
-    model = PixelGen.from_pretrained(OUT / "train" / stage / "model", text_encoder=OUT / "weights/text")
+    sampler = dataclasses.replace(params.sample["geneval"].sampler, timeshift=params.train[stage].objective.timeshift)
+    model = PixelGen.from_pretrained(OUT / "train" / stage / "model", text_encoder=OUT / "networks/text")
     return model.generate([p["prompt"] for p in prompts], range(SEED, SEED + len(prompts)), sampler, BATCH)
 
 
@@ -71,7 +71,7 @@ def resized(images: np.ndarray, size: int, how: Image.Resampling = Image.Resampl
 
 def row(name: str, images: np.ndarray, prompts: list[scenes.Prompt], reference: np.ndarray) -> None:
     """Print a line of the table."""
-    judges = load_judges("geometric", OUT / "weights", torch.device("cpu"))
+    judges = DemoGenEval().judges(OUT / "networks", torch.device("cpu"))
     figures = score([{"tag": p["tag"], "metadata": p["prompt"], "correct": judge_image(i, p, *judges).correct}
                      for i, p in zip(images, prompts, strict=True)])
     grey = images.mean(-1)
@@ -84,7 +84,7 @@ def row(name: str, images: np.ndarray, prompts: list[scenes.Prompt], reference: 
 @torch.no_grad()
 def features(images: np.ndarray) -> np.ndarray:
     """(N, C) means and deviations, over the image at AlexNet's own size, of every channel of the stand-in's layers."""
-    metric, parts = load_lpips(OUT / "weights/lpips"), []
+    metric, parts = load_lpips(OUT / "networks/lpips"), []
     for start in range(0, len(images), BATCH):
         x = to_float(torch.from_numpy(images[start:start + BATCH].copy()).permute(0, 3, 1, 2))
         x = F.interpolate(x, size=ALEXNET, mode="bicubic")  # it would not see edges at the size of the images

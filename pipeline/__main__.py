@@ -1,4 +1,4 @@
-"""`python -m pipeline`: what can be asked of the workflow beside running it."""
+"""`python -m pipeline`: the stages of the workflow, and what can be asked of it beside running them."""
 
 import argparse
 import json
@@ -8,9 +8,10 @@ from pathlib import Path
 
 from ruamel.yaml.error import YAMLError
 
-from pipeline import describe, older
+from pipeline import describe, older, stage
 from pipeline.cluster import read_cluster
-from pipeline.params import PARAMS, Params, read_params, resolve
+from pipeline.params import PARAMS, SECTIONS, Params, read_params, resolve
+from pipeline.runs import run_stage
 from pipeline.storage import other_versions
 from pixelgen.config import ConfigError, require
 from pixelgen.errors import UserError
@@ -23,6 +24,11 @@ TFLOPS, UTILISATION, MEMORY, PRICE = 989.0, 0.35, 80.0, 2.5
 def arguments_of() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipeline", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    for name, section in SECTIONS.items():
+        one = commands.add_parser(name, help=f"the stage {name}, on a key of {section} in {PARAMS}" if section else
+                                    f"the stage {name}")
+        if section:
+            one.add_argument("key", metavar="KEY")
     params = commands.add_parser("params", help="parameters: what they are, where they come from, how files differ")
     actions = params.add_subparsers(dest="action", required=True)
     show = actions.add_parser("show", help="every value with its origin, and what it means")
@@ -31,6 +37,7 @@ def arguments_of() -> argparse.ArgumentParser:
     diff = actions.add_parser("diff", help="the values in which two files differ, defaults included")
     diff.add_argument("one", type=Path)
     diff.add_argument("other", type=Path)
+    actions.add_parser("kinds", help="every kind of source, network, denoiser, sampler, metric, with its options")
     actions.add_parser("schema", help="a JSON Schema of the file, for editors")
     migrate = actions.add_parser("migrate", help="a file of an earlier version in today's form")
     migrate.add_argument("file", type=Path)
@@ -51,6 +58,9 @@ def arguments_of() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     args = arguments_of().parse_args(arguments)
+    if args.command in SECTIONS:
+        key = args.key if SECTIONS[args.command] else ""
+        run_stage(args.command, lambda: stage.run(args.command, key))
     try:
         for line in COMMANDS[args.command](args):
             print(line, flush=True)
@@ -65,6 +75,8 @@ def params(args: argparse.Namespace) -> Iterable[str]:
         return describe.show(args.file, args.key)
     if args.action == "diff":
         return describe.diff(args.one, args.other)
+    if args.action == "kinds":
+        return describe.kinds()
     if args.action == "schema":
         return [json.dumps(describe.schema(), indent=2)]
     try:
@@ -88,7 +100,7 @@ def adopt(_: argparse.Namespace) -> Iterable[str]:
     read_params()  # a mistake there comes first
     yield from older.adopt()
     resolve()
-    finished = " ".join(["params", *older.finished_stages()])
+    finished = " ".join(["params", *older.finished_stages(SECTIONS)])
     yield f"now run `dvc commit --force {finished}`, which takes them up as they are"
 
 

@@ -1,8 +1,9 @@
 """What a stage is made of: a digest of the code that it imports, on which it depends in dvc.yaml.
 
-The digest is over the syntax of the stage's module and of all that it imports of ours, but for `PLUMBING`. No comment,
-docstring or layout is in it, so whoever improves one of these runs nothing again. It is the same under Python 3.11,
-3.12 and 3.13: their tokens of f-strings differ, their syntax trees do not.
+The digest covers the syntax of the stage's module, of the kinds that its parameters choose, and of what these import of
+ours, but for `PLUMBING`. Comments, docstrings, layout and lists of kinds are not in it: who improves a comment, or adds
+a kind, runs nothing again. Python 3.11, 3.12 and 3.13 give the same: their tokens of f-strings differ, their trees do
+not.
 """
 
 import ast
@@ -12,28 +13,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("weights", "shard", "reference", "train", "prompts", "sample", "evaluate", "report")
+ESTIMATES = ("kept", "kept_by_token", "least_weights", "example")  # methods of networks, denoisers
 # No result depends on these: they check, find, store, tell, and share out work. What they read is a parameter or an
 # input that counts by itself. They are not followed into what they import.
 PLUMBING = {
     "pixelgen", "pixelgen.config", "pixelgen.errors", "pixelgen.estimate", "pixelgen.files", "pixelgen.manifest",
     "pixelgen.progress", "pixelgen.recipe", "pixelgen.recorders", "pixelgen.saving", "pixelgen.store",
     "pixelgen.threads", "pixelgen.data.executors",
-    "pipeline", "pipeline.checkout", "pipeline.cluster", "pipeline.download", "pipeline.loopback", "pipeline.older",
-    "pipeline.params", "pipeline.parts", "pipeline.rank", "pipeline.readers", "pipeline.runs", "pipeline.session",
-    "pipeline.storage", "pipeline.store", "pipeline.stages",
+    "pipeline", "pipeline.checkout", "pipeline.cluster", "pipeline.datasets", "pipeline.download", "pipeline.loopback",
+    "pipeline.older", "pipeline.params", "pipeline.parts", "pipeline.rank", "pipeline.readers", "pipeline.runs",
+    "pipeline.session", "pipeline.stage", "pipeline.stages", "pipeline.storage", "pipeline.store",
 }
 
 
-def digests() -> dict[str, str]:
-    """The digest of each stage."""
-    return {stage: digest(stage) for stage in STAGES}
-
-
 @functools.cache
-def digest(stage: str) -> str:
-    """16 hexadecimal digits that stand for the code of a stage."""
-    text = "\n".join(f"{module} {canonical(parsed(module))}" for module in sorted(closure(f"pipeline.stages.{stage}")))
+def digest(stage: str, kinds: frozenset[str] = frozenset()) -> str:
+    """16 hexadecimal digits that stand for the code of a stage with these kinds, each a "module:Class"."""
+    modules = [f"pipeline.stages.{stage}", *(kind.partition(":")[0] for kind in kinds)]
+    code = set[str]().union(*map(closure, modules))
+    text = "\n".join([*sorted(kinds), *(f"{module} {canonical(parsed(module))}" for module in sorted(code))])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -83,10 +81,22 @@ def parsed(module: str) -> ast.Module:
     return ast.parse(path.read_bytes())
 
 
+def without_result(node: object) -> bool:
+    """Whether no result depends on a part of the code: a check, which refuses or does nothing; a list of kinds; a
+    method that estimates alone call."""
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name):
+        return node.value.func.id == "require"
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        return node.target.id == "kinds"
+    return isinstance(node, ast.FunctionDef) and node.name in ESTIMATES
+
+
 def canonical(node: object) -> str:
-    """A syntax tree as text, without docstrings, and without the empty fields, of which each Python has others."""
+    """A syntax tree as text, without docstrings, what has no result, and empty fields, which differ between Pythons."""
     if isinstance(node, list):
         return f"[{','.join(map(canonical, node))}]"
+    if without_result(node):
+        return ""
     if not isinstance(node, ast.AST) or isinstance(node, ast.Constant):
         return repr(node.value if isinstance(node, ast.Constant) else node)
     fields = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]

@@ -3,13 +3,14 @@ Schema. The dataclasses and the comments behind their fields are all that this k
 
 import dataclasses
 import json
+import sys
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from pipeline.params import Params, read_params
-from pixelgen.config import ConfigError, choose, comments, dotted
+from pixelgen.config import ConfigError, Variant, choose, comments, defaults_of, dotted, is_base, plain
 from pixelgen.recipe import read_yaml
 
 ABSENT = "-"
@@ -29,6 +30,8 @@ def values(path: Path) -> list[Value]:
 
 
 def _values(value: Any, written: Any, name: str, comment: str) -> Iterator[Value]:
+    if isinstance(value, Variant):
+        written, name = written.get(value.kind) if isinstance(written, Mapping) else ABSENT, dotted(name, value.kind)
     told = written if isinstance(written, Mapping) else {}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
@@ -65,6 +68,29 @@ def diff(one: Path, other: Path) -> Iterator[str]:
         yield f"{name.ljust(width)}  {sides[0].get(name, ABSENT)} -> {sides[1].get(name, ABSENT)}"
 
 
+def kinds() -> Iterator[str]:
+    """Lines about every kind of what there are several kinds of: its options, each with its default and meaning."""
+    for base in dict.fromkeys(bases(Params)):
+        for kind in base.kinds:
+            cls: Any = base.of(kind)
+            about = str(sys.modules[cls.__module__].__doc__).partition("\n\n")[0]
+            yield f"{base.__name__} {kind}: {' '.join(about.split())}"
+            for name, default in defaults_of(cls, dataclasses.MISSING).items():
+                usual = "(needed)" if default is dataclasses.MISSING else json.dumps(plain(default))
+                yield f"  {name:<20}  {usual:<24}  {comments(cls).get(name, '')}".rstrip()
+
+
+def bases(hint: Any) -> Iterator[type[Variant]]:
+    """What there are several kinds of in a type."""
+    if is_base(hint):
+        yield hint
+    elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        for inner in get_type_hints(hint).values():
+            yield from bases(inner)
+    for inner in get_args(hint):
+        yield from bases(inner)
+
+
 def schema() -> dict[str, Any]:
     """A JSON Schema of params.yaml."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "params.yaml of PixelGen",
@@ -73,19 +99,21 @@ def schema() -> dict[str, Any]:
 
 def _schema(hint: Any) -> dict[str, Any]:
     origin, args = get_origin(hint), get_args(hint)
+    if is_base(hint):
+        return {"type": "object", "minProperties": 1, "maxProperties": 1, "additionalProperties": False,
+                "properties": {kind: _schema(hint.of(kind)) for kind in hint.kinds}}
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         hints, said = get_type_hints(hint), comments(hint)
         properties: dict[str, Any] = {}
-        for field in dataclasses.fields(hint):
-            properties[field.name] = found = _schema(hints[field.name])
-            if field.name in said:
-                found["description"] = said[field.name]
-            if field.default is not dataclasses.MISSING:
-                whole = field.default
-                found["default"] = (dataclasses.asdict(whole)
-                                    if dataclasses.is_dataclass(whole) and not isinstance(whole, type) else whole)
+        defaults = defaults_of(hint, dataclasses.MISSING)
+        for name, default in defaults.items():
+            properties[name] = found = _schema(hints[name])
+            if name in said:
+                found["description"] = said[name]
+            if default is not dataclasses.MISSING:
+                found["default"] = plain(default)
         return {"type": "object", "properties": properties, "additionalProperties": False,
-                "required": [f.name for f in dataclasses.fields(hint) if f.default is dataclasses.MISSING]}
+                "required": [name for name, default in defaults.items() if default is dataclasses.MISSING]}
     if origin in (Union, types.UnionType):
         return {"anyOf": [_schema(inner) for inner in args]}
     if hint is type(None):

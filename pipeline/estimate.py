@@ -1,14 +1,14 @@
 """What the trainings and samplings of params.yaml will take: operations, memory, time and money, before they run."""
 
 import contextlib
-import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipeline.networks import Network
 from pipeline.params import NONE, Params, SampleParams, TrainParams
 from pixelgen.config import ConfigError, MemoryConfig, require
 from pixelgen.encoders.dino import Dino, build_dino
@@ -21,43 +21,36 @@ from pixelgen.estimate import (
     training_memory,
     training_operations,
 )
-from pixelgen.manifest import MANIFEST
-from pixelgen.models import build_denoiser
 from pixelgen.objective import repa_projector
 
-WEIGHTS = Path("out/weights")
-DINO: dict[str, Any] = {"architecture": "vit_base_patch14_dinov2", "arguments": {}}
-QWEN = {"model_type": "qwen3", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
-        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
+NETWORKS = Path("out/networks")
 
 
-def networks(train: TrainParams, demo: bool = False) -> Networks:
-    """Those of a training, without weights. The frozen ones are the published ones, or the demo's, as the weights stage
-    has described them."""
+def networks(train: TrainParams, chosen: Mapping[str, Network]) -> Networks:
+    """Those of a training, without weights."""
     import lpips
     from transformers import AutoConfig, AutoModel
 
-    d, o = train.denoiser.resolve(), train.objective
-    dino = metric = text = projector = None
+    def described(role: str) -> dict[str, Any]:
+        return chosen[role].config(NETWORKS / role)
+
+    if strange := {*train.networks} - {"dino", "lpips", "text"}:
+        raise ConfigError(f"what {', '.join(sorted(strange))} takes is not known: `networks` in pipeline/estimate.py "
+                          "has to build it without weights")
+    d, repa, projector = train.denoiser.resolve(), train.objective.repa, None
+    frozen: dict[str, Any] = {}
     with torch.device("meta"), quiet():
-        if o.uses_dino:
-            grid = d.image_size // d.patch_size
-            dino = Dino(build_dino(described("dino") if demo else DINO, grid), grid)
-        if o.repa_weight and dino:
-            projector = repa_projector(d.width, dino.width, o.repa_hidden or d.width)
-        if train.text:
-            text = AutoModel.from_config(AutoConfig.for_model(**(described("text") if demo else QWEN)))
-        denoiser = build_denoiser(d)
-    if o.lpips_weight:
+        if "dino" in train.networks:
+            frozen["dino"] = Dino(build_dino(described("dino"), d.grid), d.grid)
+        if repa.weight:
+            projector = repa_projector(d.width, frozen["dino"].width, repa.hidden or d.width)
+        if "text" in train.networks:
+            frozen["text"] = AutoModel.from_config(AutoConfig.for_model(**described("text")))
+        denoiser = d.build()
+    if "lpips" in train.networks:
         with quiet():
-            net = described("lpips")["net"] if demo else "vgg"
-            metric = Lpips(lpips.LPIPS(net=net, pnet_rand=True, verbose=False))
-    return Networks(denoiser, projector, dino, metric, text)
-
-
-def described(name: str) -> dict[str, Any]:
-    """What the configuration of a frozen network of the weights stage says."""
-    return json.loads((WEIGHTS / name / "config.json").read_text())
+            frozen["lpips"] = Lpips(lpips.LPIPS(net=described("lpips")["net"], pnet_rand=True, verbose=False))
+    return Networks(denoiser, projector, frozen)
 
 
 @contextlib.contextmanager
@@ -68,23 +61,21 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def report(whole: Params, keys: Sequence[str], gpus: int, memory: MemoryConfig, room: float, rate: float, price: float
+def report(params: Params, keys: Sequence[str], gpus: int, memory: MemoryConfig, room: float, rate: float, price: float
            ) -> Iterator[str]:
     """Lines about each training and sampling that `keys` names (none: all), on GPUs of which each has `room` bytes to
     use, does `rate` operations a second and costs `price` dollars an hour. ConfigError for a key that is not there."""
-    demo = whole.weights.source == "demo"
-    require(not demo or (WEIGHTS / MANIFEST).exists(), "the demo's small frozen networks are not there yet: run `dvc "
-            "repro weights` first")
-    known = {*(f"train.{key}" for key in whole.train), *(f"sample.{key}" for key in whole.sample)}
+    known = {*(f"train.{key}" for key in params.train), *(f"sample.{key}" for key in params.sample)}
     if strange := sorted({*keys} - known):
         raise ConfigError(f"{strange[0]}: neither a training nor a sampling; there are {', '.join(sorted(known))}")
-    for key, train in whole.train.items():
+    for key, train in params.train.items():
         if not keys or f"train.{key}" in keys:
-            yield from training(f"train.{key}", train, networks(train, demo), gpus, memory, room, rate, price)
-    for key, sampling in whole.sample.items():
+            found = networks(train, params.networks)
+            yield from training(f"train.{key}", train, found, gpus, memory, room, rate, price)
+    for key, sample in params.sample.items():
         if not keys or f"sample.{key}" in keys:
-            train = whole.train[sampling.model]
-            yield from drawing(f"sample.{key}", train, networks(train, demo), sampling, gpus, rate, price)
+            train = params.train[sample.model]
+            yield from sampling(f"sample.{key}", train, networks(train, params.networks), sample, gpus, rate, price)
 
 
 def training(name: str, train: TrainParams, found: Networks, gpus: int, memory: MemoryConfig, room: float, rate: float,
@@ -106,18 +97,18 @@ def training(name: str, train: TrainParams, found: Networks, gpus: int, memory: 
     yield from time_and_money(images, fit.steps * fit.batch_size, gpus, price)
 
 
-def drawing(name: str, train: TrainParams, found: Networks, sampling: SampleParams, gpus: int, rate: float, price: float
-            ) -> Iterator[str]:
+def sampling(name: str, train: TrainParams, found: Networks, sample: SampleParams, gpus: int, rate: float, price: float
+             ) -> Iterator[str]:
     forward = forward_operations(found)
-    rows = sampling_rows(sampling.sampler)
+    rows = sampling_rows(sample.sampler)
     operations = rows * forward["denoiser"] + forward["text"]
-    s = sampling.sampler
-    yield (f"{name}: {s.name}, {s.steps} steps, guidance {s.guidance:g}: the denoiser sees {rows} samples for each "
+    s = sample.sampler
+    yield (f"{name}: {s.kind}, {s.steps} steps, guidance {s.guidance:g}: the denoiser sees {rows} samples for each "
            "image")
     yield line("GFLOP an image", operations / 1e9)
     count = None
-    if sampling.prompts == NONE:
-        count = (train.denoiser.num_classes or 0) * sampling.per_prompt
+    if sample.prompts == NONE:
+        count = (train.denoiser.num_classes or 0) * sample.per_prompt
     yield from time_and_money(rate / operations, count, gpus, price)
 
 

@@ -21,7 +21,7 @@ class Run(Place):
 
     recipe: TrainParams
     data: Artifact
-    weights: Artifact
+    networks: Artifact
     start: Artifact | None  # the exported model that training starts from
     cluster: Cluster
 
@@ -32,7 +32,7 @@ class Run(Place):
     def here(self) -> Training:
         """The training on this machine, where what it needs is fetched to."""
         start = self.start.local() if self.start else None
-        return Training(self.recipe, self.directory, self.store, self.plan, self.weights.local(), start,
+        return Training(self.recipe, self.directory, self.store, self.plan, self.networks.local(), start,
                         self.cluster.memory)
 
 

@@ -19,20 +19,12 @@ from typing import IO, Any, NoReturn
 
 import psutil
 
-from pipeline.checkout import runs
-from pipeline.code import digest
-from pipeline.params import fingerprint
 from pipeline.storage import other_versions, versions, write_json
 from pixelgen.errors import StorageError, UserError
 from pixelgen.files import try_lock
 from pixelgen.store import on_disk
 
 VERSIONS = "versions.json"  # in a run directory: those that it was begun under
-
-
-def run_directory(stage: str, *parts: Any) -> Path:
-    """Where the run of a stage with these parameters and inputs, and with today's code, has its state."""
-    return runs() / stage / fingerprint([*parts, digest(stage)])
 
 
 @contextlib.contextmanager
@@ -152,12 +144,12 @@ class Stopped(SystemExit):
     """A stage ends because of SIGTERM, which comes before a machine is taken away; the message says what is kept."""
 
 
-def run_stage(main: Callable[[], None]) -> NoReturn:
-    """Run a stage's main, and end the process at once: to take torch and Ray apart would cost each stage another
+def run_stage(name: str, main: Callable[[], None]) -> NoReturn:
+    """Run what a stage does, and end the process at once: to take torch and Ray apart would cost each stage another
     second, and a thread of Ray Data may print what it makes of Ray's end after the stage's last line."""
     status: Any = 0
     try:
-        run_main(main)
+        run_main(name, main)
     except SystemExit as end:
         status = end.code or 0
         if isinstance(status, str):
@@ -173,9 +165,9 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
     os._exit(status)
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Run a stage's main. What the user can mend, or Ray that fails, becomes a SystemExit of one clear line, also where
-    a worker of Ray Train has met it. A bug keeps its traceback, and the worker's is printed."""
+def run_main(name: str, main: Callable[[], None]) -> None:
+    """Run what a stage does. What the user can mend, or Ray that fails, becomes a SystemExit of one clear line, also
+    where a worker of Ray Train has met it. A bug keeps its traceback, and the worker's is printed."""
     signal.signal(signal.SIGTERM, _end)
     try:
         with on_disk(Path.cwd()):
@@ -184,14 +176,14 @@ def run_main(main: Callable[[], None]) -> None:
         print(f"stopped: {end}, `dvc repro` goes on from there", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
     except Exception as error:
-        stage, found = Path(sys.argv[0]).stem, [*origins(error)]
+        found = [*origins(error)]
         for origin in found:
             if isinstance(origin, UserError):
-                sys.exit(f"{stage}: {origin}")
+                sys.exit(f"{name}: {origin}")
         for origin in found:
             if ray_failed(origin):
                 summary = str(origin).partition("\n")[0]
-                sys.exit(f"{stage}: Ray has failed: {summary} Run `dvc repro` again: finished work is kept")
+                sys.exit(f"{name}: Ray has failed: {summary} Run `dvc repro` again: finished work is kept")
         for told in dict.fromkeys(str(origin) for origin in found if origin is not error):
             print(told, file=sys.stderr)  # the whole of what Ray has cut short in its own exception
         raise

@@ -11,7 +11,6 @@ manifest can name a file outside the root, and what has arrived is never sent ag
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.checkout import runs
 from pipeline.store import open_store, preflight
+from pixelgen.config import plain
 from pixelgen.errors import StorageError
 from pixelgen.files import read_range
 from pixelgen.manifest import (
@@ -93,7 +93,7 @@ class Storage:
             raise StorageError(f"{directory / changed[0]} is no longer what was written to it: run `dvc repro` again")
         manifest = {
             "kind": kind, **facts, "root": self.root, "files": sorted(files.values(), key=lambda f: str(f["path"])),
-            "config": dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config,  # type: ignore
+            "config": plain(config),
             "versions": versions(),
             "hardware": hardware(),
         }

@@ -60,7 +60,7 @@ def valid_root(location: str) -> bool:
 class S3Store:
     """A prefix of a bucket. S3 shows an object when all of it has arrived, so every write is atomic."""
 
-    far: ClassVar[bool] = True
+    remote: ClassVar[bool] = True
     bucket: str
     prefix: str
 

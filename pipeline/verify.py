@@ -105,9 +105,9 @@ def verify(storage: Storage, sizes: bool = False) -> Found:
                 compare(found, f"{place}/{entry['path']}", entry, sizes, files.size(entry["path"]))
     if storage.root:
         there = open_store(storage.root).sizes(f"{OBJECTS}/")
-        wanted = {object_name(entry["sha256"]): entry for manifest in manifests.values()
+        named = {object_name(entry["sha256"]): entry for manifest in manifests.values()
                   if manifest["root"] == storage.root for entry in manifest["files"]}
-        for name, entry in tqdm(sorted(wanted.items()), desc=storage.root, leave=False):
+        for name, entry in tqdm(sorted(named.items()), desc=storage.root, leave=False):
             compare(found, f"{storage.root}/{name}", entry, sizes, there.get(name))
     return found
 

@@ -5,13 +5,14 @@ no public link and reports nothing, whatever Gradio's environment variables say.
 """
 
 import socket
-from typing import Any, get_args
+from typing import Any
 
 from PIL import Image
 
-from pixelgen.config import ConfigError, SamplerConfig, SamplerName
+from pixelgen.config import ConfigError
 from pixelgen.errors import UserError
 from pixelgen.generate import PixelGen
+from pixelgen.samplers import Sampler
 
 HOST = "127.0.0.1"
 MOST_IMAGES, MOST_STEPS = 16, 250
@@ -21,19 +22,18 @@ def build(model: PixelGen, name: str) -> Any:
     """The page, as a `gradio.Blocks`; its one function is `draw` of the API."""
     import gradio as gr
 
-    classes = None if model.text else model.denoiser.config.num_classes  # type: ignore[union-attr]
+    classes = model.conditioning.classes
 
-    def draw(wanted: str | float, negative: str, count: float, seed: float, sampler: str, steps: float, guidance: float,
+    def draw(asked: str | float, negative: str, count: float, seed: float, sampler: str, steps: float, guidance: float,
              timeshift: float, progress: gr.Progress = gr.Progress()) -> list[Image.Image]:  # type: ignore
         def step(i: int, *_: object) -> None:
             progress((i, int(steps)), unit="steps")
 
-        asked, first = [str(wanted) if model.text else int(wanted)] * int(count), int(seed)
+        each, first = str(asked) if classes is None else int(asked), int(seed)
         try:
-            config = SamplerConfig(sampler, int(steps), guidance, timeshift=timeshift,  # type: ignore[arg-type]
-                                   order=2 if sampler == "adams_bashforth" else None)
-            images = model.generate(asked, range(first, first + len(asked)), config, negative=negative,  # type: ignore
-                                    callback=step)
+            chosen = Sampler.of(sampler, "sampler")(int(steps), guidance, timeshift=timeshift)
+            images = model.generate([each] * int(count), range(first, first + int(count)), chosen,  # type: ignore
+                                    negative=negative, callback=step)
         except UserError as error:
             raise gr.Error(str(error)) from None
         return [Image.fromarray(image) for image in images]
@@ -42,18 +42,18 @@ def build(model: PixelGen, name: str) -> Any:
         gr.Markdown(f"## {name}\nImage *i* has the seed *seed + i*: the same seeds give the same images.")
         with gr.Row():
             with gr.Column():
-                wanted = gr.Textbox(label="Prompt", value="a photo of a red circle") if classes is None else gr.Slider(
+                asked = gr.Textbox(label="Prompt", value="a photo of a red circle") if classes is None else gr.Slider(
                     0, classes - 1, value=0, step=1, label="Class")
                 negative = gr.Textbox(label="Negative prompt", visible=classes is None)
                 count = gr.Slider(1, MOST_IMAGES, value=4, step=1, label="Images")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0)
-                sampler = gr.Dropdown(list(get_args(SamplerName)), value="heun", label="Sampler")
+                sampler = gr.Dropdown([*Sampler.kinds], value="heun", label="Sampler")
                 steps = gr.Slider(1, MOST_STEPS, value=25, step=1, label="Steps")
                 guidance = gr.Slider(1, 10, value=1 if classes is None else 2.5, step=0.1, label="Guidance")
                 timeshift = gr.Slider(0.5, 6, value=1, step=0.1, label="Timeshift")
                 button = gr.Button("Draw", variant="primary")
             gallery = gr.Gallery(label="Images", format="png", columns=4)
-        button.click(draw, [wanted, negative, count, seed, sampler, steps, guidance, timeshift], gallery,
+        button.click(draw, [asked, negative, count, seed, sampler, steps, guidance, timeshift], gallery,
                      api_name="draw", concurrency_limit=1)
     return page
 

@@ -1,14 +1,18 @@
 """The `pixelgen` command: train, and use a trained model, without the pipeline."""
 
 import argparse
+import dataclasses
+import json
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
-from pixelgen.config import SamplerName
+from pixelgen.config import ConfigError, MemoryConfig, comments, load, require
 from pixelgen.errors import UserError
-from pixelgen.prompts import LAYOUTS
+from pixelgen.prompts import LAYOUTS, check_layout, read_prompts, write_images
+from pixelgen.recipe import read_recipe
+from pixelgen.samplers import Sampler
 
 if TYPE_CHECKING:
     from pixelgen.generate import PixelGen
@@ -23,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument("shards", type=Path, help="folder of a sharded dataset: out/shard/…")
     train.add_argument("out", type=Path, help="folder of checkpoints, curve, grids and model; goes on where it was")
     train.add_argument("--key", help="of the recipe under train in a params.yaml")
-    train.add_argument("--weights", type=Path, default=Path("out/weights"), help="folder of the frozen networks")
+    train.add_argument("--networks", type=Path, default=Path("out/networks"), help="folder of the frozen networks")
     train.add_argument("--init", type=Path, help="exported model to begin with")
     train.add_argument("--readers", type=int, help="processes that decode images for each rank; 0: the rank itself")
     train.add_argument("--lanes-per-pass", type=int, help="of a rank's lanes, how many share a forward pass; left out: "
@@ -38,25 +42,20 @@ def main(arguments: list[str] | None = None) -> int:
     convert.add_argument("out", type=Path)
     convert.add_argument("--in-context-start", type=int, help="needed only for a model of no published size")
 
-    draw = commands.add_parser("sample", help="draw images of classes into one picture, or of prompts into a folder")
-    draw.add_argument("model", help="directory of an exported model, or a Hub repository owner/name")
-    draw.add_argument("out", type=Path, help="the PNG, or the folder, to write")
-    wanted = draw.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--labels", type=int, nargs="+")
-    wanted.add_argument("--prompts", type=Path, help="GenEval's metadata.jsonl, a prompt a line, or a folder of texts")
-    draw.add_argument("--layout", choices=LAYOUTS, default="geneval", help="of the folder: who is to read it")
-    draw.add_argument("--per-prompt", type=int, default=4)
-    draw.add_argument("--negative", default="", help="prompt that guidance leads away from")
-    draw.add_argument("--text-encoder", type=Path, help="folder of the encoder that the model was trained with")
-    draw.add_argument("--seed", type=int, default=0, help="image i has seed SEED + i")
-    draw.add_argument("--sampler", choices=get_args(SamplerName), default="heun")
-    draw.add_argument("--steps", type=int, default=50)
-    draw.add_argument("--guidance", type=float, default=1.0)
-    draw.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"))
-    draw.add_argument("--timeshift", type=float, default=1.0)
-    draw.add_argument("--order", type=int, help="of adams_bashforth")
-    _add_device(draw)
-    _add_precision(draw)
+    sample = commands.add_parser("sample", help="draw images of classes into one picture, or of prompts into a folder")
+    sample.add_argument("model", help="directory of an exported model, or a Hub repository owner/name")
+    sample.add_argument("out", type=Path, help="the PNG, or the folder, to write")
+    asked = sample.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--labels", type=int, nargs="+")
+    asked.add_argument("--prompts", type=Path, help="GenEval's metadata.jsonl, a prompt a line, or a folder of texts")
+    sample.add_argument("--layout", choices=LAYOUTS, default="geneval", help="of the folder: who is to read it")
+    sample.add_argument("--per-prompt", type=int, default=4)
+    sample.add_argument("--negative", default="", help="prompt that guidance leads away from")
+    sample.add_argument("--text-encoder", type=Path, help="folder of the encoder that the model was trained with")
+    sample.add_argument("--seed", type=int, default=0, help="image i has seed SEED + i")
+    _add_sampler(sample)
+    _add_device(sample)
+    _add_precision(sample)
 
     app = commands.add_parser("app", help="draw in the browser, on this machine")
     app.add_argument("model", help="directory of an exported model, or a Hub repository owner/name")
@@ -92,19 +91,49 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="left out: bf16 on a GPU, fp32 on a CPU")
 
 
+def _add_sampler(parser: argparse.ArgumentParser) -> None:
+    """--sampler, and an option for each that one of the samplers has, as `sampler.NAME` among what is parsed."""
+    parser.add_argument("--sampler", choices=[*Sampler.kinds], default="heun")
+    having: dict[str, dict[str, Any]] = {}  # samplers by option and kind
+    for kind in Sampler.kinds:
+        for field in dataclasses.fields(cls := Sampler.of(kind)):
+            having.setdefault(field.name, {})[kind] = cls
+    for name, samplers in having.items():
+        cls = next(iter(samplers.values()))
+        of = "" if len(samplers) == len(Sampler.kinds) else f" (of {', '.join(samplers)})"
+        hint, about = get_type_hints(cls)[name], (comments(cls).get(name, "") + of).replace("%", "%%")
+        shape: Any = {"type": value_of}
+        if get_origin(hint) is tuple:
+            shape |= {"nargs": len(get_args(hint)), "metavar": ("LOW", "HIGH")[:len(get_args(hint))]}
+        parser.add_argument(f"--{name}", dest=f"sampler.{name}", help=about, **({"metavar": name.upper()} | shape))
+
+
+def value_of(text: str) -> Any:
+    """A number, true, false or null as such, anything else as text: whether it fits is for `load` to say."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _sampler(args: argparse.Namespace) -> Sampler:
+    """The sampler of the command line. ConfigError for an option that it does not have."""
+    given = {name.removeprefix("sampler."): value for name, value in vars(args).items()
+             if name.startswith("sampler.") and value is not None}
+    return load(Sampler, {args.sampler: given}, "--sampler")  # type: ignore[type-abstract]
+
+
 def _device(args: argparse.Namespace) -> str:
     """The device to work on. ConfigError if it is not there."""
     import torch
 
-    from pixelgen.config import ConfigError, require
-
     gpus = torch.cuda.device_count()
     device = args.device or ("cuda" if gpus else "cpu")
     try:
-        wanted = torch.device(device)
+        parsed = torch.device(device)
     except RuntimeError:
         raise ConfigError(f"--device {device!r}: cpu, cuda or cuda:N") from None
-    require(wanted.type != "cuda" or (wanted.index or 0) < gpus, f"--device {device}: torch sees {gpus} GPUs here")
+    require(parsed.type != "cuda" or (parsed.index or 0) < gpus, f"--device {device}: torch sees {gpus} GPUs here")
     return device
 
 
@@ -126,9 +155,6 @@ def _given(error: OSError, args: argparse.Namespace) -> bool:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from pixelgen.config import MemoryConfig, require
-    from pixelgen.recipe import read_recipe
-
     recipe = read_recipe(args.config, args.key, args.init is not None)  # before the slow loading
     memory = MemoryConfig(args.lanes_per_pass, args.recomputed_blocks, args.averages_on_cpu)
     for name, least in (("readers", 0), ("threads", 1)):
@@ -140,7 +166,7 @@ def _train(args: argparse.Namespace) -> int:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    told = train_here(recipe, args.shards, args.out, args.weights, args.init, args.readers, memory)
+    told = train_here(recipe, args.shards, args.out, args.networks, args.init, args.readers, memory)
     if told:
         print(f"stopped: {told}, the same command goes on from there", file=sys.stderr)
         return 128 + signal.SIGTERM
@@ -150,8 +176,8 @@ def _train(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from pixelgen.checkpoint import export, read_published
 
-    config, *weights = read_published(args.checkpoint, args.in_context_start)
-    export(args.out, config, *weights)
+    config, *states = read_published(args.checkpoint, args.in_context_start)
+    export(args.out, config, *states)
     print(f"{args.out}: {config}")
     return 0
 
@@ -159,11 +185,9 @@ def _convert(args: argparse.Namespace) -> int:
 def _sample(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from pixelgen.config import SamplerConfig, require
     from pixelgen.images import grid
-    from pixelgen.prompts import check_layout, read_prompts, write_images
 
-    sampler = SamplerConfig(args.sampler, args.steps, args.guidance, tuple(args.interval), args.timeshift, args.order)
+    sampler = _sampler(args)
     prompts = read_prompts(args.prompts) if args.prompts else []
     if prompts:
         check_layout(args.layout, args.per_prompt)
@@ -193,8 +217,6 @@ def _app(args: argparse.Namespace) -> int:
 
 
 def _evaluate_geneval(args: argparse.Namespace) -> int:
-    import json
-
     from tqdm import tqdm
 
     from pixelgen.metrics.colors import load_colors

@@ -1,23 +1,24 @@
 """Typed configuration: frozen dataclasses and the strict loader that fills them from plain data.
 
-The dataclasses of the whole library stand here, and this file imports nothing heavy, so that a mistake in a
-parameter file is reported before torch is even loaded. Their defaults are the settings of XL/16 on ImageNet; a file
-says what differs. `load` accepts no other keys than the fields of the dataclass: an unknown key, a missing one that has
-no default, or a value of another type is a `ConfigError` that names the key and what is valid. Checks that involve
-several fields are in `__post_init__`, next to the fields. The comment behind a field is its documentation: `comments`
-reads it for those who print parameters.
+Nothing heavy is imported here, so that a mistake in a parameter file is reported before torch is even loaded. Defaults
+are the settings of XL/16 on ImageNet; a file says what differs. For `load`, an unknown key, a missing one without a
+default, or a value of another type is a `ConfigError` that names the key and what is valid; `__post_init__` checks the
+rest. The comment behind a field is its documentation, which `comments` reads.
+
+A thing of several kinds, such as a sampler, is a `Variant`: a file holds {kind: {option: value, ...}}.
 """
 
 import dataclasses
 import difflib
 import functools
+import importlib
 import inspect
 import math
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pixelgen.errors import UserError
 
@@ -41,6 +42,52 @@ def choose(value: str, valid: Sequence[str], what: str) -> str:
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ConfigError(f"{what}: {value!r} is not known{hint}; valid: {', '.join(map(str, sorted(valid)))}")
     return value
+
+
+def named(place: str) -> Any:
+    """What "module:name" names."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+class Variant:
+    """One of several kinds of a thing: a dataclass of its options, their checks and what it does, in a module that is
+    imported when the kind is first chosen."""
+
+    kinds: ClassVar[dict[str, str]]  # of a base class: "module:Class" by the name that files use
+
+    @classmethod
+    def of(cls, kind: str, where: str = "kind") -> type[Self]:
+        """The class of a kind. ConfigError if it is none."""
+        return named(cls.kinds[choose(kind, [*cls.kinds], where)])
+
+    @property
+    def kind(self) -> str:
+        """The name of this kind in files."""
+        here = f"{type(self).__module__}:{type(self).__qualname__}"
+        found = next((name for name, place in self.kinds.items() if place == here), None)
+        require(found is not None, f"{here} is in no list of kinds: {', '.join(self.kinds.values())}")
+        return str(found)
+
+
+def plain(value: Any) -> Any:
+    """Configuration as plain data: what `load` makes it of, with every default."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        options = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {value.kind: options} if isinstance(value, Variant) else options
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def variants(value: Any) -> Iterator[Variant]:
+    """All variants in a configuration, those within others too."""
+    if isinstance(value, Variant):
+        yield value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = vars(value)
+    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
+        yield from variants(inner)
 
 
 def load(cls: type[T], data: Any, where: str = "") -> T:
@@ -69,6 +116,8 @@ def _convert(hint: Any, value: Any, where: str, default: Any = dataclasses.MISSI
     origin, args = get_origin(hint), get_args(hint)
     if isinstance(value, int) and abs(value) >= 2**63:
         raise ConfigError(f"{where}: the number does not fit into 64 bits")
+    if is_base(hint):
+        return _chosen(hint, value, where, default)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _build(hint, value, where, default)
     if origin in (Union, types.UnionType):
@@ -97,6 +146,20 @@ def _convert(hint: Any, value: Any, where: str, default: Any = dataclasses.MISSI
     return value
 
 
+def is_base(hint: Any) -> bool:
+    """Whether a type stands for any kind of a variant."""
+    return isinstance(hint, type) and issubclass(hint, Variant) and "kinds" in vars(hint)
+
+
+def _chosen(base: type[Variant], value: Any, where: str, default: Any) -> Any:
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise ConfigError(f"{where}: expected one kind with its options, as {{{next(iter(base.kinds))}: {{}}}}, got "
+                          f"{value!r}; valid: {', '.join(sorted(base.kinds))}")
+    (kind, options), = value.items()
+    cls = base.of(str(kind), where)
+    return _build(cls, options, dotted(where, kind), default if type(default) is cls else dataclasses.MISSING)
+
+
 def _build(cls: type[T], data: Any, where: str, default: Any) -> T:
     """`default`: an instance whose values stand for those that `data` does not give; MISSING: those of the class."""
     if not isinstance(data, Mapping):
@@ -119,116 +182,15 @@ def _build(cls: type[T], data: Any, where: str, default: Any) -> T:
 def defaults_of(cls: type, default: Any) -> dict[str, Any]:
     """What each field of a dataclass is if nobody says otherwise, or MISSING: as in the instance `default`; MISSING: as
     in the class."""
-    return {field.name: field.default if default is dataclasses.MISSING else getattr(default, field.name)
+    if default is not dataclasses.MISSING:
+        return {field.name: getattr(default, field.name) for field in dataclasses.fields(cls)}
+    return {field.name: field.default_factory() if callable(field.default_factory) else field.default
             for field in dataclasses.fields(cls)}
 
 
 def dotted(where: str, key: str) -> str:
     """The name of a key below another, which may be the top."""
     return f"{where}.{key}" if where else key
-
-
-# ---------------------------------------------------------------------------------------------- the denoiser
-
-
-def _check_sizes(config: "DenoiserConfig | TextDenoiserConfig") -> None:
-    for name in ("image_size", "patch_size", "width", "depth", "heads"):
-        require(getattr(config, name) >= 1, f"{name} {getattr(config, name)} must be at least 1")
-    require(0 < config.mlp_ratio <= 100 and config.mlp_ratio * config.width >= 1,
-            f"mlp_ratio {config.mlp_ratio} must lie in (0, 100] and leave a width of {config.width} a hidden unit")
-
-
-@dataclass(frozen=True)
-class DenoiserConfig:
-    """Architecture of the class-conditional denoiser (`pixelgen.models.jit.JiT`)."""
-
-    image_size: int  # pixels on a side
-    patch_size: int
-    width: int
-    depth: int
-    heads: int
-    bottleneck: int | None  # channels between the two patch-embedding convolutions; None: a single convolution
-    in_context_start: int  # block from which the in-context class tokens are prepended
-    in_context_len: int
-    dropout: float  # in the middle half of the blocks
-    num_classes: int
-    mlp_ratio: float = 4.0  # hidden width of an MLP, in widths; SwiGLU, with a third matrix, has two thirds of it
-
-    def __post_init__(self) -> None:
-        _check_sizes(self)
-        require(self.image_size % self.patch_size == 0,
-                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        require(self.width % self.heads == 0 and self.width // self.heads % 4 == 0,
-                f"width {self.width} over {self.heads} heads: the head size must be a multiple of 4 (2-D rotary)")
-        require(0 <= self.in_context_start < self.depth,
-                f"in_context_start {self.in_context_start} must be a block index below depth {self.depth}")
-        require(0 <= self.dropout < 1, f"dropout {self.dropout} must lie in [0, 1)")
-        require(self.num_classes >= 1, f"num_classes {self.num_classes} must be at least 1")
-
-
-@dataclass(frozen=True)
-class TextDenoiserConfig:
-    """Architecture of the text-conditional denoiser (`pixelgen.models.jit_t2i.JiTText`)."""
-
-    image_size: int  # pixels on a side
-    patch_size: int
-    width: int
-    depth: int  # image blocks
-    text_depth: int  # text blocks
-    heads: int
-    bottleneck: int  # channels between the two linear layers of the patch embedding
-    text_width: int  # of the text encoder's features
-    text_length: int  # tokens
-    mlp_ratio: float = 4.0  # hidden width of the blocks' SwiGLU, in widths; for its third matrix nothing is taken off
-
-    def __post_init__(self) -> None:
-        _check_sizes(self)
-        require(self.image_size % self.patch_size == 0,
-                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        require(self.width % self.heads == 0 and self.width // self.heads % 4 == 0,
-                f"width {self.width} over {self.heads} heads: the head size must be a multiple of 4 (2-D rotary)")
-
-
-# --------------------------------------------------------------------------------------------- the objective
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """Weights and switches of the training objective (`pixelgen.objective`). A weight of 0 turns a term off."""
-
-    repa_weight: float = 0.5  # of the alignment of tokens with DINO's; 0: off, as for each weight
-    repa_block: int = 8  # the tokens entering this block are aligned with DINO's
-    repa_hidden: int | None = None  # width of the REPA head; null: the denoiser's
-    lpips_weight: float = 0.1  # of LPIPS between prediction and image
-    pdino_weight: float = 0.01  # of the distance of their DINO features
-    pdino_block: int = 11  # DINO block whose normalised patch tokens are compared
-    gate_threshold: float = 0.3  # gated terms count samples with t >= this; 0: no gate
-    gated: tuple[Literal["lpips", "pdino"], ...] = ("lpips",)  # as released; the paper's text gates pdino as well
-    balance_start: int | None = 400_000  # step from which the perceptual weight adapts; null: never
-    balance_every: int = 50  # steps between its updates
-    condition_dropout: float = 0.1  # share of samples trained without their class or prompt
-    time_mean: float = -0.8  # t = sigmoid(normal(mean, std)), then shifted
-    time_std: float = 0.8  # as time_mean
-    timeshift: float = 1.0  # above 1: more of the times close to the noise
-
-    @property
-    def uses_dino(self) -> bool:
-        return self.repa_weight > 0 or self.pdino_weight > 0
-
-    def __post_init__(self) -> None:
-        for name in ("repa_weight", "lpips_weight", "pdino_weight"):
-            require(getattr(self, name) >= 0, f"{name} must not be negative")
-        require(self.repa_hidden is None or self.repa_hidden >= 1, "repa_hidden must be at least 1, or null")
-        require(0 <= self.gate_threshold <= 1, f"gate_threshold {self.gate_threshold} must lie in [0, 1]")
-        require(len(set(self.gated)) == len(self.gated), f"gated names a term twice: {list(self.gated)}")
-        for name in self.gated:
-            require(getattr(self, f"{name}_weight") > 0, f"gated names {name!r}, but {name}_weight is 0")
-        require(0 <= self.condition_dropout < 1, f"condition_dropout {self.condition_dropout} must lie in [0, 1)")
-        require(self.time_std > 0, "time_std must be positive")
-        require(self.timeshift > 0, "timeshift must be positive")
-        require(self.balance_every > 0, "balance_every must be positive")
-        require(self.balance_start is None or self.lpips_weight + self.pdino_weight > 0,
-                "balance_start is set, but there is no perceptual term to balance: set it to null")
 
 
 @dataclass(frozen=True)
@@ -273,35 +235,6 @@ class MemoryConfig:
         require(self.recomputed_blocks >= 0, f"recomputed_blocks {self.recomputed_blocks} must not be negative")
 
 
-# ------------------------------------------------------------------------------------------------ the sampler
-
-
-SamplerName = Literal["euler", "heun", "adams_bashforth"]
-
-
-@dataclass(frozen=True)
-class SamplerConfig:
-    """How an image is integrated from noise (`pixelgen.samplers`)."""
-
-    name: SamplerName = "heun"  # euler | heun | adams_bashforth
-    steps: int = 50  # of the integration; heun calls the denoiser twice in each
-    guidance: float = 1.0  # 1: conditional only
-    interval: tuple[float, float] = (0.0, 1.0)  # guidance acts where interval[0] < t <= interval[1]
-    timeshift: float = 1.0  # above 1: more of the steps close to the noise
-    order: int | None = None  # of adams_bashforth: 1 to 4
-
-    def __post_init__(self) -> None:
-        require(self.steps >= 1, f"steps {self.steps} must be at least 1")
-        require(self.guidance >= 0, f"guidance {self.guidance} must not be negative")
-        low, high = self.interval
-        require(0 <= low < high <= 1, f"interval [{low}, {high}] must satisfy 0 <= low < high <= 1")
-        require(self.timeshift > 0, "timeshift must be positive")
-        if self.name == "adams_bashforth":
-            require(self.order in (1, 2, 3, 4), f"order {self.order}: adams_bashforth takes 1, 2, 3 or 4")
-        else:
-            require(self.order is None, f"order {self.order}: only adams_bashforth has one; set it to null")
-
-
 # ------------------------------------------------------------------------------------------------ the training
 
 
@@ -328,31 +261,3 @@ class FitConfig:
         require(self.batch_size % self.lanes == 0,
                 f"batch_size {self.batch_size} is not a multiple of lanes {self.lanes}")
         require(0 <= self.ema_decay < 1, f"ema_decay {self.ema_decay} must lie in [0, 1)")
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """What is saved, logged and drawn while a training lasts, and what is done about numbers that are not finite. All
-    of it may change meanwhile: no weight depends on it, but in a run that meets such a number."""
-
-    checkpoint_every: int = 5000  # steps between checkpoints
-    keep_checkpoints: int = 3  # the newest that are kept
-    keep_every: int | None = None  # also keep every Nth step's checkpoint; null: no others
-    log_every: int = 100  # steps between lines of the loss curve
-    grid_every: int | None = 10_000  # steps between sample grids; null: none
-    grid_sampler: SamplerConfig = SamplerConfig("euler", 25, 2.25, (0.1, 0.9))  # of those grids
-    on_nonfinite: str = "stop"  # stop | skip(N): pass over at most N steps of the run, stop at one more
-
-    def __post_init__(self) -> None:
-        for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("keep_every", "grid_every"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} must be at least 1, or null, got {value}")
-        require(re.fullmatch(r"stop|skip\([1-9][0-9]*\)", self.on_nonfinite) is not None,
-                f"on_nonfinite {self.on_nonfinite!r}: expected stop, or skip(N) with a whole number N of at least 1")
-
-    @property
-    def may_skip(self) -> int:
-        """How many steps of the whole run may be skipped because a number is not finite."""
-        return 0 if self.on_nonfinite == "stop" else int(self.on_nonfinite[len("skip("):-1])

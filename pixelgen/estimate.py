@@ -6,23 +6,22 @@ with what was measured.
 """
 
 import bisect
-import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from pixelgen.config import MemoryConfig, ObjectiveConfig, SamplerConfig
-from pixelgen.encoders.dino import Dino
-from pixelgen.encoders.lpips import Lpips
-from pixelgen.models import hidden_width
-from pixelgen.models.jit import JiT
-from pixelgen.models.jit_t2i import JiTText
-from pixelgen.objective import REFERENCE_PATCH
+from pixelgen.config import MemoryConfig
+from pixelgen.denoisers import Architecture, TakesPrompts
+from pixelgen.losses import TERMS
+from pixelgen.models import DenoiserNetwork
 from pixelgen.path import draw_time
-from pixelgen.samplers import sample
+from pixelgen.samplers import Sampler
+from pixelgen.sampling import sample
+from pixelgen.tensors import run_bare
+from pixelgen.terms import ObjectiveConfig, TermConfig
 
 # bf16 matrix products without sparsity, operations a second, as the makers state them
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
@@ -39,11 +38,9 @@ def peak(gpu: str) -> float | None:
 class Networks:
     """All that a training runs. Only shapes count: the networks may have weights anywhere, or none."""
 
-    denoiser: JiT | JiTText
+    denoiser: DenoiserNetwork
     projector: nn.Module | None = None
-    dino: Dino | None = None
-    lpips: Lpips | None = None
-    text: nn.Module | None = None  # of transformers
+    frozen: Mapping[str, Any] = field(default_factory=dict)  # dino, lpips, and text, a network of transformers
 
 
 def operations(network: nn.Module, *inputs: object, **named: object) -> int:
@@ -55,41 +52,40 @@ def operations(network: nn.Module, *inputs: object, **named: object) -> int:
     return counter.get_total_flops()
 
 
-def run_bare(network: nn.Module, *inputs: object, **named: object) -> None:
-    """A forward pass without weights, over inputs on the meta device."""
-    tensors = itertools.chain(network.named_parameters(), network.named_buffers())
-    bare = {name: torch.empty_like(tensor, device="meta", dtype=torch.float32 if tensor.is_floating_point() else None)
-            for name, tensor in tensors}
-    with torch.no_grad():
-        functional_call(network, bare, inputs, named)
-
-
 def forward_operations(networks: Networks) -> dict[str, float]:
     """Of each network for one image; LPIPS: of its trunk."""
     c = networks.denoiser.config
-    image, features = empty(1, 3, c.image_size, c.image_size), None
-    if isinstance(networks.denoiser, JiTText):
-        features = empty(1, networks.denoiser.config.text_length, networks.denoiser.config.text_width)
-    condition = torch.zeros(1, dtype=torch.long, device="meta") if features is None else features
-    found = dict.fromkeys(PARTS, 0.0)
+    image = empty(1, 3, c.image_size, c.image_size)
+    condition = (empty(1, c.text_length, c.text_width) if isinstance(c, TakesPrompts) else
+                 torch.zeros(1, dtype=torch.long, device="meta"))
+    found = dict.fromkeys((*PARTS, *networks.frozen), 0.0)
     found["denoiser"] = operations(networks.denoiser, image, empty(1), condition)
     if networks.projector is not None:
-        found["repa"] = operations(networks.projector, empty(1, (c.image_size // c.patch_size) ** 2, c.width))
-    if networks.dino is not None:
-        found["dino"] = operations(networks.dino, image, [networks.dino.depth - 1])
-    if networks.lpips is not None:
-        side = c.image_size * REFERENCE_PATCH // c.patch_size
-        found["lpips"] = operations(networks.lpips, *[empty(1, 3, side, side)] * 2) / 2
-    if networks.text is not None:
-        assert isinstance(networks.denoiser, JiTText)
-        length, width = networks.denoiser.config.text_length, networks.denoiser.config.text_width
-        found["text"] = operations(networks.text, inputs_embeds=empty(1, length, width), use_cache=False,
-                                   attention_mask=empty(1, 1, length, length))  # as it is: its values are not looked at
+        found["repa"] = operations(networks.projector, empty(1, c.grid**2, c.width))
+    for role, network in networks.frozen.items():
+        if role == "text":
+            length = condition.shape[1]
+            found[role] = operations(network, inputs_embeds=empty(*condition.shape), use_cache=False,
+                                     attention_mask=empty(1, 1, length, length))  # its values are not looked at
+        else:
+            inputs, passes = network.example(seen_through(role, c))
+            found[role] = operations(network, *inputs) / passes
     return found
+
+
+def seen_through(role: str, c: Architecture) -> Tensor:
+    """An image of the size at which terms look through a frozen network."""
+    side = next((row.side(c.image_size, c.patch_size) for row in TERMS.values() if role in row.passes), c.image_size)
+    return empty(1, 3, side, side)
 
 
 def empty(*shape: int) -> Tensor:
     return torch.empty(shape, device="meta")
+
+
+def share_counted(objective: ObjectiveConfig, term: TermConfig) -> float:
+    """Share of the samples that a term counts."""
+    return gate_share(objective) if term.gated else 1.0
 
 
 def gate_share(objective: ObjectiveConfig) -> float:
@@ -102,16 +98,18 @@ def gate_share(objective: ObjectiveConfig) -> float:
 def training_operations(objective: ObjectiveConfig, forward: Mapping[str, float]) -> dict[str, float]:
     """Of a training step by network, an image's share, given `forward_operations`. What is trained takes as much again
     twice in the backward pass, a frozen network that passes a gradient on once."""
-    gated = {term: gate_share(objective) if term in objective.gated else 1.0 for term in ("lpips", "pdino")}
-    dino = float(objective.repa_weight > 0 or objective.pdino_weight > 0)  # features of the images themselves
-    if objective.pdino_weight:
-        dino += 2 * gated["pdino"]
-    lpips = 3 * gated["lpips"] * (objective.lpips_weight > 0)
-    times = {"denoiser": 3.0, "repa": 3.0 * (objective.repa_weight > 0), "dino": dino, "lpips": lpips, "text": 1.0}
-    return {name: times[name] * forward[name] for name in PARTS}
+    times = dict.fromkeys(forward, 0.0) | {"denoiser": 3.0, "text": 1.0}
+    if objective.repa.weight:
+        times["repa"] = 3.0
+    if any(TERMS[name].blocks for name in objective.terms):
+        times["dino"] = 1.0  # features of the images themselves
+    for name, term in objective.terms.items():
+        for network, passes in TERMS[name].passes.items():
+            times[network] += passes * share_counted(objective, term)
+    return {name: times[name] * forward[name] for name in forward}
 
 
-def sampling_rows(config: SamplerConfig) -> int:
+def sampling_rows(sampler: Sampler) -> int:
     """How many samples the denoiser sees for each image that is drawn."""
     rows = 0
 
@@ -121,7 +119,7 @@ def sampling_rows(config: SamplerConfig) -> int:
         return x
 
     noise, condition = torch.zeros(1, 1, 1, 1), torch.zeros(1)
-    sample(denoise, noise, condition, condition, config)
+    sample(denoise, noise, condition, condition, sampler)
     return rows
 
 
@@ -129,6 +127,7 @@ def training_memory(networks: Networks, objective: ObjectiveConfig, images: int,
                     ) -> dict[str, float]:
     """Bytes on a GPU by part, in bf16 and compiled, with `images` in a forward pass: the largest sum at any time, as
     torch counts what it has allocated."""
+    c = networks.denoiser.config
     trained = count(networks.denoiser) + (count(networks.projector) if networks.projector is not None else 0)
     found = {
         "weights": 4 * trained,
@@ -136,20 +135,16 @@ def training_memory(networks: Networks, objective: ObjectiveConfig, images: int,
         "AdamW's moments": 8 * trained,
         "averages": 0 if memory.averages_on_cpu else 4 * count(networks.denoiser),
         "weights in bf16": 2 * trained,
-        "frozen networks": sum(2 * count(n) for n in (networks.dino, networks.lpips, networks.text) if n is not None),
-        "kept by the denoiser": images * kept_by_denoiser(networks.denoiser, memory.recomputed_blocks),
+        "frozen networks": sum(2 * count(network) for network in networks.frozen.values()),
+        "kept by the denoiser": images * c.kept(memory.recomputed_blocks),
     }
-    if networks.dino is not None and objective.pdino_weight:
-        share = gate_share(objective) if "pdino" in objective.gated else 1.0
-        tokens = networks.dino.grid**2 + 1
-        # the stream twice in float32; queries, keys, values, what attention gives, and GELU's four times as wide input
-        block = tokens * networks.dino.width * (2 * 4 + 2 * (3 + 1 + 4))
-        found["kept by DINO"] = images * share * block * (objective.pdino_block + 1)
-    if networks.lpips is not None and objective.lpips_weight:
-        share = gate_share(objective) if "lpips" in objective.gated else 1.0
-        c = networks.denoiser.config
-        found["kept by LPIPS"] = images * share * kept_by_lpips(networks.lpips,
-                                                                c.image_size * REFERENCE_PATCH // c.patch_size)
+    for name, term in objective.terms.items():
+        for network in TERMS[name].passes:
+            part = f"kept by {network}"
+            frozen, asked = networks.frozen[network], TERMS[name].blocks
+            blocks = asked(term, frozen.depth) if asked else []
+            kept = images * share_counted(objective, term) * frozen.kept(seen_through(network, c), blocks)
+            found[part] = found.get(part, 0) + kept
     return {name: float(size) for name, size in found.items()}
 
 
@@ -164,42 +159,3 @@ def fitting_lanes(networks: Networks, objective: ObjectiveConfig, lane: int, lan
 
 def count(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
-
-
-def kept_by_denoiser(denoiser: JiT | JiTText, recomputed: int) -> float:
-    """Bytes for the backward pass, an image's: what blocks keep, and of those that are computed again what enters them;
-    one of these at a time keeps as much as the others."""
-    c = denoiser.config
-    tokens = (c.image_size // c.patch_size) ** 2
-    # the stream twice, in float32; in bf16 two norms, queries, keys and values before and after norm and rotation,
-    # what attention and the two projections give, and three times the hidden width
-    token = c.width * (2 * 4 + 2 * (2 + 3 + 2 + 3)) + hidden_width(c) * 2 * 3
-    if isinstance(denoiser, JiTText):
-        c_text = denoiser.config
-        text = c_text.text_length * (token * c_text.text_depth + c.width * 2 * 3 * c.depth)  # keys and values in each
-        blocks = [tokens * token] * c.depth
-    else:
-        text, context = 0, denoiser.config.in_context_len
-        blocks = [(tokens + context * (i >= denoiser.config.in_context_start)) * token for i in range(c.depth)]
-    again, keeping = blocks[:recomputed], blocks[recomputed:]
-    entering = 4 * c.width / token
-    return text + sum(keeping) + sum(size * entering for size in again) + max(again, default=0)
-
-
-def kept_by_lpips(lpips: Lpips, side: int) -> float:
-    """Bytes for the backward pass, an image's: what the trunk's convolutions give, in bf16, and, in float32, what of it
-    is compared, before and after it is brought to unit length."""
-    trunk, compared = 0, 0
-
-    def seen(module: nn.Conv2d, _: object, out: Tensor) -> None:
-        nonlocal trunk, compared
-        if module.out_channels == 1:  # one of the layers that weigh the squared differences of all channels
-            compared += out.numel() * module.in_channels
-        else:
-            trunk += out.numel()
-
-    hooks = [module.register_forward_hook(seen) for module in lpips.modules() if isinstance(module, nn.Conv2d)]
-    run_bare(lpips, empty(1, 3, side, side), empty(1, 3, side, side))
-    for hook in hooks:
-        hook.remove()
-    return 2 * trunk / 2 + 4 * 2 * compared  # the trunk has also seen the targets, which take no gradient

@@ -1,28 +1,23 @@
 """Images of a few lanes -> the total loss of each and its named terms (arXiv 2602.02493, the full objective).
 
 L = L_FM + w_repa·L_REPA + w·(w_lpips·L_LPIPS + w_pdino·L_PDINO), where w is the adaptive balance kept in the
-training state. L_FM and L_REPA count every sample; the gated terms count the samples with t >= threshold only. Every
-term is a mean over the samples of its lane that count, so it does not matter which lanes are computed together.
+training state. L_FM counts every sample; the gated terms count the samples with t >= threshold only. Every term is a
+mean over the samples of its lane that count, so it does not matter which lanes are computed together.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from pixelgen.config import ObjectiveConfig, require
-from pixelgen.encoders.dino import Dino
-from pixelgen.encoders.lpips import Lpips
-from pixelgen.losses import feature_distance, flow_matching
-from pixelgen.models.jit import JiT
-from pixelgen.models.jit_t2i import JiTText
+from pixelgen.config import require
+from pixelgen.losses import TERMS, Seen, flow_matching
+from pixelgen.models import DenoiserNetwork
 from pixelgen.models.layers import Masks
-from pixelgen.models.speed import compile_blocks
 from pixelgen.path import draw_time, interpolate
-
-REFERENCE_PATCH = 16  # denoiser patch at which LPIPS sees the images at their own size
+from pixelgen.terms import ObjectiveConfig
 
 
 @dataclass(frozen=True)
@@ -59,21 +54,24 @@ class Losses:
 
 
 class Objective:
-    """The losses of some lanes. Networks that no term with weight needs may be None, and are never run."""
+    """The losses of some lanes. Networks that no term with weight needs may be left out, and are never run."""
 
-    def __init__(self, config: ObjectiveConfig, patch_size: int, null: Tensor, dino: Dino | None,
-                 lpips: Lpips | None):
-        """`null`: what a dropped condition becomes, a label () or the text features (L, C) of the empty prompt."""
-        needs_dino = config.repa_weight > 0 or config.pdino_weight > 0
-        require(not needs_dino or dino is not None, "repa_weight or pdino_weight is set, but there is no DINO network")
-        require(config.lpips_weight == 0 or lpips is not None, "lpips_weight is set, but there is no LPIPS network")
+    def __init__(self, config: ObjectiveConfig, patch_size: int, null: Tensor, networks: Mapping[str, Any]):
+        """`null`: what a dropped condition becomes, a label () or the text features (L, C) of the empty prompt.
+        `networks`: the frozen ones, by name."""
+        for name, term in config.terms.items():
+            for network in term.networks:
+                require(network in networks, f"{name}.weight is set, but there is no network {network}")
         # An empty prompt is nothing but padding, and attention to nothing was NaN before torch 2.5.
         require(bool(null.isfinite().all()), "the text features of the empty prompt, which dropped conditions become, "
                 "are not finite: get the text encoder's files anew, or another version of torch")
-        if dino is not None:
-            require(config.pdino_block < dino.depth,
-                    f"pdino_block {config.pdino_block}: this DINO has blocks 0 to {dino.depth - 1}")
-        self.config, self.patch_size, self.null, self.dino, self.lpips = config, patch_size, null, dino, lpips
+        self.config, self.patch_size, self.null, self.networks = config, patch_size, null, networks
+        self.blocks: list[int] = []  # of DINO, whose features of the clean images terms compare with
+        for name, term in config.terms.items():
+            if asked := TERMS[name].blocks:
+                self.blocks += asked(term, depth := networks["dino"].depth)
+                require(max(self.blocks) < depth, f"{name}.block {max(self.blocks)}: this DINO has blocks 0 to "
+                        f"{depth - 1}")
 
     def balances_at(self, step: int) -> bool:
         """Whether the perceptual weight is refreshed before optimizer step `step` (counted from 0)."""
@@ -100,82 +98,39 @@ class Objective:
         prediction = prediction.float()
         terms = {"fm": lane_means(flow_matching(prediction, x, x_t, t), lanes)}
         perceptual = torch.zeros(lanes, device=x.device)
-        features: dict[int, Tensor] = {}
-        if c.repa_weight or c.pdino_weight:
-            assert self.dino is not None
-            last = self.dino.depth - 1
-            blocks = [last] * (c.repa_weight > 0) + [c.pdino_block] * (c.pdino_weight > 0)
-            with torch.no_grad():
-                features = self.dino(x, blocks)
-        if c.repa_weight:
-            assert projected is not None
-            terms["repa"] = lane_means(feature_distance(projected, features[last]), lanes)
-        if c.lpips_weight:
-            counted = self._counted("lpips", draws.t, lanes, x.device)
-            terms["lpips"] = counted.means(self._lpips(counted.of(prediction), counted.of(x)))
-            perceptual = perceptual + c.lpips_weight * terms["lpips"]
-        if c.pdino_weight:
-            counted = self._counted("pdino", draws.t, lanes, x.device)
-            terms["pdino"] = counted.means(self._pdino(counted.of(prediction), counted.of(features[c.pdino_block])))
-            perceptual = perceptual + c.pdino_weight * terms["pdino"]
+        with torch.no_grad():
+            features = self.networks["dino"](x, self.blocks) if self.blocks else {}
+        seen = Seen(prediction, x, projected, features, self.networks, self.patch_size)
+        passes = draws.t >= c.gate_threshold  # on the CPU
+        rows = passes.nonzero().squeeze(1).to(x.device, non_blocking=True)
+        for name, term in c.terms.items():
+            of_lane = passes.view(lanes, -1).sum(1).tolist() if term.gated else [len(x) // lanes] * lanes
+            # a frozen network takes no empty batch; what is trained takes part even in one, since DDP waits for it
+            nothing = bool(TERMS[name].passes) and not any(of_lane)
+            values = prediction.new_zeros(0) if nothing else TERMS[name].values(
+                seen.of(rows) if term.gated else seen, term)
+            # a gate that no sample of a lane passes contributes nothing, and no NaN
+            terms[name] = torch.stack([lane.sum() / max(len(lane), 1) for lane in values.split(of_lane)])
+            if term.perceptual:
+                perceptual = perceptual + term.weight * terms[name]
 
         total = terms["fm"] + percept_weight * perceptual
-        if c.repa_weight:
-            total = total + c.repa_weight * terms["repa"]
-        passed = (draws.t >= c.gate_threshold).float().mean().item() if c.gated else 1.0
+        for name, term in c.terms.items():
+            if not term.perceptual:
+                total = total + term.weight * terms[name]
+        gated = any(term.gated for term in c.terms.values())
+        passed = passes.float().mean().item() if gated else 1.0
         return Losses(total, terms["fm"], perceptual, terms, passed)
 
     def compile(self) -> None:
         """Have the frozen networks compiled when they are first run, for any number of samples that pass the gate."""
-        if self.dino is not None:
-            compile_blocks(self.dino.network, dynamic=None)
-        if self.lpips is not None:
-            self.lpips.to(memory_format=torch.channels_last).compile()  # type: ignore[call-overload]
-
-    def _counted(self, term: str, t: Tensor, lanes: int, device: torch.device) -> "Counted":
-        """The samples that `term` counts, by their times on the CPU; a perceptual network is run on these only."""
-        if term not in self.config.gated:
-            return Counted(None, [len(t) // lanes] * lanes)
-        passes = t >= self.config.gate_threshold
-        rows = passes.nonzero().squeeze(1).to(device, non_blocking=True)
-        return Counted(rows, passes.view(lanes, -1).sum(1).tolist())
-
-    def _lpips(self, prediction: Tensor, x: Tensor) -> Tensor:
-        if not len(x):
-            return prediction.new_zeros(0)
-        if self.patch_size != REFERENCE_PATCH:
-            size = x.shape[-1] * REFERENCE_PATCH // self.patch_size
-            prediction, x = (F.interpolate(i, size, mode="bilinear", antialias=True) for i in (prediction, x))
-        assert self.lpips is not None
-        return self.lpips(prediction, x)
-
-    def _pdino(self, prediction: Tensor, target: Tensor) -> Tensor:
-        if not len(target):
-            return prediction.new_zeros(0)
-        assert self.dino is not None
-        block = self.config.pdino_block
-        return feature_distance(self.dino(prediction, [block])[block], target)
+        for network in self.networks.values():
+            network.compiled()
 
 
 def lane_means(values: Tensor, lanes: int) -> Tensor:
     """(B,) -> (lanes,): the mean of each lane, taken by itself, so that it does not depend on the other lanes."""
     return torch.stack([of_lane.mean() for of_lane in values.chunk(lanes)])
-
-
-@dataclass(frozen=True)
-class Counted:
-    """The samples that a term counts."""
-
-    rows: Tensor | None  # their indices; None: all
-    of_lane: list[int]  # how many of them are in each lane
-
-    def of(self, values: Tensor) -> Tensor:
-        return values if self.rows is None else values.index_select(0, self.rows)
-
-    def means(self, values: Tensor) -> Tensor:
-        """Values of these samples -> (lanes,): the mean of each lane, 0 where it has none: a gate that no sample passes
-        contributes nothing, and no NaN."""
-        return torch.stack([of_lane.sum() / max(len(of_lane), 1) for of_lane in values.split(self.of_lane)])
 
 
 class WithProjector(nn.Module):
@@ -185,7 +140,7 @@ class WithProjector(nn.Module):
     The head is three linear layers with SiLU on the tokens that enter block `feature_block`.
     """
 
-    def __init__(self, denoiser: JiT | JiTText, projector: nn.Module | None, feature_block: int | None):
+    def __init__(self, denoiser: DenoiserNetwork, projector: nn.Module | None, feature_block: int | None):
         super().__init__()
         self.denoiser, self.projector, self.feature_block = denoiser, projector, feature_block
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from pixelgen.errors import StorageError
 from pixelgen.recorders import CURVE
 from pixelgen.saving import NOTES
-from pixelgen.store import FAR_SECONDS, Store
+from pixelgen.store import REMOTE_SECONDS, Store
 
 
 class Progress:
@@ -31,7 +31,7 @@ class Progress:
         self.thread.join()
 
     def follow(self) -> None:
-        total, pause = self.steps, FAR_SECONDS if self.store.far else 1
+        total, pause = self.steps, REMOTE_SECONDS if self.store.remote else 1
         with tqdm(total=total, desc="train", unit="step", mininterval=1) as bar:
             while not self.done.wait(pause):
                 self.show(bar)

@@ -15,32 +15,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from pixelgen.checkpoint import export, load_state, read_state, start_from
-from pixelgen.config import DenoiserConfig, MemoryConfig, require
+from pixelgen.conditioning import Conditioning
+from pixelgen.config import MemoryConfig, named, require
 from pixelgen.data.executors import Executor
-from pixelgen.data.feed import Plan, Source, lane_batches
+from pixelgen.data.feed import MixedSource, Plan, lane_batches
 from pixelgen.data.shards import Split, first_captions
-from pixelgen.encoders.dino import load_dino
-from pixelgen.encoders.lpips import load_lpips
-from pixelgen.encoders.text import TextEncoder, load_text_encoder
+from pixelgen.encoders import PERCEPTUAL
 from pixelgen.errors import StorageError, UserError
-from pixelgen.estimate import (
-    USABLE,
-    Networks,
-    fitting_lanes,
-    forward_operations,
-    peak,
-    training_operations,
-)
-from pixelgen.models.speed import compile_blocks
+from pixelgen.estimate import USABLE, Networks, count, fitting_lanes, forward_operations, peak, training_operations
 from pixelgen.objective import Objective
 from pixelgen.precision import store_in_bf16
 from pixelgen.recipe import Recipe
 from pixelgen.recorders import Curve, Grids, Saves
 from pixelgen.saving import NOTES, Checkpoints, name_of, writing
-from pixelgen.store import FAR_SECONDS, Store, on_disk
+from pixelgen.speed import compile_blocks
+from pixelgen.store import REMOTE_SECONDS, Store, on_disk
 from pixelgen.train import NonFiniteError, Recorder, TrainState, create_state, train
 
 # torch reads this when it first uses a GPU: pieces of freed memory, of whatever sizes, can then be used again
@@ -99,7 +90,7 @@ class Training(Place):
     """A training as each of its ranks sees it."""
 
     plan: Plan
-    weights: Path  # folder of the frozen networks: dino, lpips, text
+    networks: Path  # folder of the frozen networks, a folder each by role
     start: Path | None  # the exported model that training starts from
     memory: MemoryConfig
 
@@ -112,17 +103,17 @@ def plan_of(recipe: Recipe, sources: Mapping[str, Any], split: Callable[[str, in
     """
     size = recipe.denoiser.image_size
     splits = {name: split(name, size) for name in sorted(recipe.mixture or sources)}  # in whatever order they stand
-    weights = recipe.mixture or {name: split.total for name, split in splits.items()}
-    chosen = tuple(Source(split, weights[name], tuple((sources[name]["captions"] or {}).values()))
+    shares = recipe.mixture or {name: split.total for name, split in splits.items()}
+    chosen = tuple(MixedSource(split, shares[name], tuple((sources[name]["captions"] or {}).values()))
                    for name, split in splits.items())
-    return Plan(chosen, size, recipe.fit.seed, recipe.fit.batch_size, recipe.fit.lanes, recipe.text)
+    return Plan(chosen, size, recipe.fit.seed, recipe.fit.batch_size, recipe.fit.lanes, recipe.denoiser.captions)
 
 
 def check_data(recipe: Recipe, manifest: Mapping[str, Any], plan: Plan, name: str) -> None:
     """ConfigError if a dataset is not what the recipe needs."""
-    if recipe.denoiser.num_classes is not None:
-        require(len(manifest["classes"]) <= recipe.denoiser.num_classes, f"denoiser.num_classes "
-                f"{recipe.denoiser.num_classes}: dataset {name} has {len(manifest['classes'])} classes")
+    if (classes := recipe.denoiser.num_classes) is not None:
+        require(len(manifest["classes"]) <= classes, f"denoiser.num_classes {classes}: dataset {name} has "
+                f"{len(manifest['classes'])} classes")
     plan.order.check()
 
 
@@ -130,24 +121,26 @@ def train_rank(run: Training, rank: int, world: int, device: torch.device,
                readers: contextlib.AbstractContextManager[Executor]) -> None:
     """One rank: create the state, then train on this rank's lanes. `readers` decode the images."""
     recipe, lanes = run.recipe, run.recipe.fit.lanes
-    text = build_text(recipe, run.weights, device)
-    objective = build_objective(recipe, run.weights, text, device)
-    state = create_state(recipe.denoiser.resolve(), objective, recipe.optimizer, recipe.fit.seed, device)
-    networks = Networks(state.model.denoiser, state.model.projector, objective.dino, objective.lpips,
-                        text.network if text else None)
+    architecture = recipe.denoiser.resolve()
+    conditioning = architecture.load_conditioning(run.networks / "text", device, recipe.fit.precision,
+                                                  f"denoiser.size {recipe.denoiser.size}")
+    objective = build_objective(recipe, run.networks, conditioning, device)
+    state = create_state(architecture, objective, recipe.optimizer, recipe.fit.seed, device)
+    text = {"text": conditioning.network} if conditioning.network else {}
+    networks = Networks(state.model.denoiser, state.model.projector, {**objective.networks, **text})
     run = dataclasses.replace(run, memory=settled(run, networks, lanes // world, device))
     busiest = most_images(recipe, networks, device, world) if rank == 0 else None
-    if recipe.fit.compile and text:
-        compile_blocks(text.network)
+    if recipe.fit.compile and conditioning.network:
+        compile_blocks(conditioning.network)
     if run.memory.averages_on_cpu:
         state.ema.cpu()
     run.directory.mkdir(parents=True, exist_ok=True)
     with on_disk(run.directory) if rank == 0 else contextlib.nullcontext():
-        fit_rank(run, state, objective, text, range(rank * lanes // world, (rank + 1) * lanes // world), device,
+        fit_rank(run, state, objective, conditioning, range(rank * lanes // world, (rank + 1) * lanes // world), device,
                  readers, writes=rank == 0, busiest=busiest)
 
 
-def fit_rank(run: Training, state: TrainState, objective: Objective, text: TextEncoder | None, lanes: range,
+def fit_rank(run: Training, state: TrainState, objective: Objective, conditioning: Conditioning, lanes: range,
              device: torch.device, readers: contextlib.AbstractContextManager[Executor], writes: bool,
              busiest: float | None = None) -> None:
     """Train from the newest checkpoint on, to the end or to the step after which somebody asks for a stop. `busiest`:
@@ -164,9 +157,9 @@ def fit_rank(run: Training, state: TrainState, objective: Objective, text: TextE
         start_from(state, run.start)
     stop = stop_requested(run.store) if writes else lambda: False
     with (enough_memory(run.memory), readers as executor,
-          (recording(run, state, text, busiest) if writes else silence()) as recorders,
-          contextlib.closing(lane_batches(run.plan, lanes, state.step, recipe.fit.steps, device, text, executor)
-                             ) as data):
+          (recording(run, state, conditioning, busiest) if writes else silence()) as recorders,
+          contextlib.closing(lane_batches(run.plan, lanes, state.step, recipe.fit.steps, device, conditioning.encode,
+                                          executor)) as data):
         steps = train(state, data, objective, recipe.optimizer, recipe.fit, stop, run.memory, recipe.run.may_skip)
         for number, step in enumerate(steps):
             for recorder in recorders:
@@ -181,11 +174,11 @@ def settled(run: Training, networks: Networks, lanes: int, device: torch.device)
     and as many of a rank's `lanes` on a GPU as are estimated to fit."""
     if run.memory.lanes_per_pass is not None:
         return run.memory
-    fit, count = run.recipe.fit, 1
+    fit, together = run.recipe.fit, 1
     if device.type == "cuda":
         room = USABLE * torch.cuda.get_device_properties(device).total_memory
-        count = fitting_lanes(networks, run.recipe.objective, fit.batch_size // fit.lanes, lanes, run.memory, room)
-    return dataclasses.replace(run.memory, lanes_per_pass=count)
+        together = fitting_lanes(networks, run.recipe.objective, fit.batch_size // fit.lanes, lanes, run.memory, room)
+    return dataclasses.replace(run.memory, lanes_per_pass=together)
 
 
 def most_images(recipe: Recipe, networks: Networks, device: torch.device, world: int) -> float | None:
@@ -210,17 +203,15 @@ def enough_memory(memory: MemoryConfig) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recording(run: Training, state: TrainState, text: TextEncoder | None, busiest: float | None
+def recording(run: Training, state: TrainState, conditioning: Conditioning, busiest: float | None
               ) -> Iterator[list[Recorder]]:
     """What rank 0 records. A number that is not finite would come back after every restart: it ends the run for good,
     with the state before it saved."""
-    recipe = run.recipe
-    wanted: list = []
+    recipe, classes, shown = run.recipe, conditioning.classes, list[Any]()
     if recipe.run.grid_every:
-        labels = recipe.denoiser.num_classes
-        wanted = ([i % labels for i in range(GRID_IMAGES)] if labels else
-                  first_captions(run.plan.sources[0].split, GRID_IMAGES))
-    grids = Grids(run.directory, recipe, text, wanted, state.model.denoiser.output_weight.device)
+        shown = ([i % classes for i in range(GRID_IMAGES)] if classes else
+                 first_captions(run.plan.sources[0].split, GRID_IMAGES))
+    grids = Grids(run.directory, recipe, conditioning, shown, state.model.denoiser.output_weight.device)
     with writing(run.checkpoints, recipe.run) as writer:
         saves = Saves(run.directory, recipe.run, writer)
         try:
@@ -256,7 +247,7 @@ def stopping(store: Store) -> Iterator[None]:
 
 def stop_requested(store: Store) -> Callable[[], bool]:
     """Whether somebody has asked for an end; asked again only after a while where asking costs something."""
-    pause, asked = (FAR_SECONDS if store.far else 0.0), 0.0
+    pause, asked = (REMOTE_SECONDS if store.remote else 0.0), 0.0
 
     def requested() -> bool:
         nonlocal asked
@@ -282,28 +273,11 @@ def check_room(state: TrainState, recipe: Recipe, directory: Path) -> None:
                            f"lie here (run.keep_checkpoints, run.keep_every), {free / 1e9:.1f} GB are free")
 
 
-def count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def build_text(recipe: Recipe, weights: Path, device: torch.device) -> TextEncoder | None:
-    """The text encoder, which has to give features of the width that the denoiser expects; None for labels."""
-    d = recipe.denoiser.resolve()
-    if isinstance(d, DenoiserConfig):
-        return None
-    text = load_text_encoder(weights / "text", d.text_length, device, recipe.fit.precision)
-    require(text.width == d.text_width, f"denoiser.size {recipe.denoiser.size} expects text features of width "
-            f"{d.text_width}, the text encoder gives {text.width}")
-    return text
-
-
-def build_objective(recipe: Recipe, weights: Path, text: TextEncoder | None, device: torch.device) -> Objective:
-    """The objective with the frozen networks that its weights call for."""
+def build_objective(recipe: Recipe, folder: Path, conditioning: Conditioning, device: torch.device) -> Objective:
+    """The objective with the frozen networks that its terms need."""
     o, d = recipe.objective, recipe.denoiser.resolve()
-    null = text([""])[0] if text else torch.tensor(recipe.denoiser.num_classes, device=device)
-    dino = load_dino(weights / "dino", d.image_size // d.patch_size).to(device) if o.uses_dino else None
-    lpips = load_lpips(weights / "lpips").to(device) if o.lpips_weight else None
+    networks = {name: named(PERCEPTUAL[name])(folder / name, d.grid).to(device) for name in o.networks}
     if recipe.fit.precision == "bf16":
-        for network in filter(None, (dino, lpips)):
+        for network in networks.values():
             store_in_bf16(network)
-    return Objective(o, d.patch_size, null, dino, lpips)
+    return Objective(o, d.patch_size, conditioning.null()[0], networks)

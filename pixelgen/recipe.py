@@ -1,6 +1,6 @@
 """Recipes of trainings, and the reader of the YAML files that hold them. Nothing heavy is imported here."""
 
-import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,79 +9,79 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
-from pixelgen.config import (
-    CaptionConfig,
-    ConfigError,
-    DenoiserConfig,
-    FitConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    RunConfig,
-    TextDenoiserConfig,
-    choose,
-    load,
-    require,
-)
-from pixelgen.models import SIZES, TEXT_SIZES, denoiser_config, text_denoiser_config
+from pixelgen.config import ConfigError, FitConfig, OptimizerConfig, choose, load, plain, require
+from pixelgen.denoisers import Denoiser
+from pixelgen.samplers import Sampler
+from pixelgen.samplers.euler import Euler
+from pixelgen.terms import ObjectiveConfig
 
-TRAJECTORY = ("mixture", "text", "denoiser", "objective", "optimizer", "fit")  # the fields of Recipe but run
+TRAJECTORY = ("mixture", "objective", "optimizer", "fit")  # the fields of Recipe but run and denoiser
 LARGEST, LONGEST, DEEPEST = 2**16, 3000, 20  # of a YAML file: characters, also of one value, and levels
 
 
 @dataclass(frozen=True)
-class DenoiserParams:
-    """The architecture of a named size."""
+class RunConfig:
+    """What is saved, logged and drawn during a training, and what is done about numbers that are not finite. It may
+    change meanwhile: no weight depends on it, but in a run that meets such a number."""
 
-    size: str  # L/16 | XL/16 | XXL/16 | demo/16 | demo-text/16: see pixelgen/models/__init__.py
-    image_size: int  # pixels on a side
-    num_classes: int | None = None  # null: a text-conditional size
-    dropout: float = 0.0  # in the middle half of the blocks
+    checkpoint_every: int = 5000  # steps between checkpoints
+    keep_checkpoints: int = 3  # the newest that are kept
+    keep_every: int | None = None  # also keep every Nth step's checkpoint; null: no others
+    log_every: int = 100  # steps between lines of the loss curve
+    grid_every: int | None = 10_000  # steps between sample grids; null: none
+    grid_sampler: Sampler = Euler(25, 2.25, (0.1, 0.9))  # of those grids
+    on_nonfinite: str = "stop"  # stop | skip(N): pass over at most N steps of the run, stop at one more
 
     def __post_init__(self) -> None:
-        choose(self.size, [*SIZES, *TEXT_SIZES], "size")
-        if self.size in TEXT_SIZES:
-            require(self.num_classes is None, f"num_classes {self.num_classes}: {self.size} is text-conditional: null")
-            require(self.dropout == 0, f"dropout {self.dropout}: {self.size} has none: set it to 0")
-        else:
-            require(self.num_classes is not None, f"num_classes: {self.size} is class-conditional and needs a number")
-        self.resolve()
+        for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("keep_every", "grid_every"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} must be at least 1, or null, got {value}")
+        require(re.fullmatch(r"stop|skip\([1-9][0-9]*\)", self.on_nonfinite) is not None,
+                f"on_nonfinite {self.on_nonfinite!r}: expected stop, or skip(N) with a whole number N of at least 1")
 
-    def resolve(self) -> DenoiserConfig | TextDenoiserConfig:
-        if self.num_classes is None:
-            return text_denoiser_config(self.size, self.image_size)
-        return denoiser_config(self.size, self.image_size, self.num_classes, self.dropout)
+    @property
+    def may_skip(self) -> int:
+        """How many steps of the whole run may be skipped because a number is not finite."""
+        return 0 if self.on_nonfinite == "stop" else int(self.on_nonfinite[len("skip("):-1])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How a denoiser is trained: all that the weights depend on but data and frozen networks, and what is recorded."""
 
-    mixture: dict[str, float] | None = None  # {source: weight, …}; null: all of the dataset's, by their images
-    text: CaptionConfig | None = None  # how captions become prompts; null: the dataset has labels
-    denoiser: DenoiserParams
+    mixture: dict[str, float] | None = None  # {source: share, …}; null: all of the dataset's, by their images
+    denoiser: Denoiser
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     fit: FitConfig = FitConfig()
     run: RunConfig = RunConfig()
 
     def __post_init__(self) -> None:
-        depth = self.denoiser.resolve().depth
-        require(self.objective.repa_weight == 0 or self.objective.repa_block < depth,
-                f"objective.repa_block {self.objective.repa_block}: the denoiser has blocks 0 to {depth - 1}")
+        repa, depth = self.objective.repa, self.denoiser.resolve().depth
+        require(repa.weight == 0 or repa.block < depth,
+                f"objective.repa.block {repa.block}: the denoiser has blocks 0 to {depth - 1}")
 
     @property
     def networks(self) -> list[str]:
         """The frozen networks that training needs."""
-        used = {"dino": self.objective.uses_dino, "lpips": self.objective.lpips_weight, "text": self.text}
-        return [name for name, use in used.items() if use]
+        return sorted({*self.objective.networks, *self.denoiser.networks})
 
     @property
     def trajectory(self) -> dict[str, Any]:
         """What names a training: all that the weights at one of its steps depend on. How far it goes is not part of
         that: to raise `fit.steps` is to go on."""
-        plain = {name: value for name, value in dataclasses.asdict(self).items() if name in TRAJECTORY}
-        del plain["fit"]["steps"]
-        return plain | {"denoiser": dataclasses.asdict(self.denoiser.resolve())}  # not what its size is called
+        told = {name: plain(getattr(self, name)) for name in TRAJECTORY}
+        del told["fit"]["steps"]
+        denoiser = {self.denoiser.kind: plain(self.denoiser.resolve())}  # not what its size is called
+        return told | {"denoiser": denoiser, "captions": plain(self.denoiser.captions)}
+
+    def check_condition(self, labelled: bool, dataset: str, where: str) -> None:
+        """ConfigError if the denoiser is none for a dataset with labels, or with captions."""
+        has = "labels" if labelled else "captions"
+        require((self.denoiser.takes == "labels") == labelled, f"{where}: {self.denoiser.kind} takes "
+                f"{self.denoiser.takes}, but {dataset} has {has}: choose another denoiser or dataset")
 
 
 def read_recipe(path: Path, key: str | None = None, started: bool = False) -> Recipe:
@@ -94,8 +94,10 @@ def read_recipe(path: Path, key: str | None = None, started: bool = False) -> Re
             raise ConfigError(f"{path}: there is no section train to take {key!r} from")
         where, data = f"{path}: train.{key}", section[choose(key, list(section), f"{path}: train: key")]
     if isinstance(data, dict):
-        require("grid_sampler" not in data, f"{where}: grid_sampler, and of fit what changes no weight, belong to run "
-                "now (of a whole params.yaml, `python -m pipeline params migrate` makes one of today's form)")
+        denoiser = data.get("denoiser")
+        require(not {"grid_sampler", "text"} & data.keys() and not (isinstance(denoiser, dict) and "size" in denoiser),
+                f"{where} has the form of an earlier version: `python -m pipeline params migrate` makes one of today's "
+                "form of a whole params.yaml")
         init = data.get("init", "none")
         require(started or init == "none", f"{where}.init is {init}: name the folder of that model with --init")
         data = {name: value for name, value in data.items() if name not in ("dataset", "init")}  # for the workflow

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from pixelgen.config import RunConfig
-from pixelgen.encoders.text import TextEncoder
+from pixelgen.conditioning import Conditioning
 from pixelgen.generate import PixelGen
 from pixelgen.images import grid
-from pixelgen.recipe import Recipe
+from pixelgen.recipe import Recipe, RunConfig
 from pixelgen.saving import Writer
 from pixelgen.store import Store, write_atomic
 from pixelgen.train import Step, TrainState
@@ -104,10 +103,10 @@ class Grids:
     """A few images of the averaged weights, always of the same classes or captions and seeds, so that one can watch it
     learn."""
 
-    def __init__(self, directory: Path, recipe: Recipe, text: TextEncoder | None, wanted: list[Any],
+    def __init__(self, directory: Path, recipe: Recipe, conditioning: Conditioning, shown: list[Any],
                  device: torch.device):
         self.directory, self.recipe, self.run = directory / "grids", recipe, recipe.run
-        self.text, self.wanted, self.device = text, wanted, device
+        self.conditioning, self.shown, self.device = conditioning, shown, device
 
     def record(self, step: Step) -> None:
         number, every = step.state.step, self.run.grid_every
@@ -115,8 +114,8 @@ class Grids:
             averages: Any = step.state.ema
             if averages.output_weight.device != self.device:
                 averages = copy.deepcopy(averages).to(self.device)
-            model = PixelGen(averages, self.recipe.fit.precision, self.text)
-            images = model.generate(self.wanted, range(len(self.wanted)), self.run.grid_sampler)
+            model = PixelGen(averages, self.recipe.fit.precision, self.conditioning)
+            images = model.generate(self.shown, range(len(self.shown)), self.run.grid_sampler)
             self.directory.mkdir(exist_ok=True)
             grid(images, GRID_COLUMNS).save(self.directory / f"step-{number:08d}.png")
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from pixelgen.checkpoint import save_state
-from pixelgen.config import RunConfig
 from pixelgen.errors import StorageError
 from pixelgen.manifest import describe, intact, one_at_a_time
+from pixelgen.recipe import RunConfig
 from pixelgen.store import Store
 from pixelgen.train import TrainState
 
@@ -80,7 +80,7 @@ class Checkpoints:
         with one_at_a_time(path):
             if intact(path, entry):
                 return path
-            if self.store.far:
+            if self.store.remote:
                 with contextlib.suppress(FileNotFoundError):
                     self.store.fetch(name, path)
                     if intact(path, entry):
@@ -147,7 +147,7 @@ class Writer:
             name, path, store = name_of(step), self.checkpoints.path(step), self.checkpoints.store
             path.parent.mkdir(parents=True, exist_ok=True)
             save_state(state, path)
-            if store.far:
+            if store.remote:
                 for extra, content in extras.items():
                     store.write(extra, content)
                 store.write(name, path)

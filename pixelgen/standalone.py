@@ -28,12 +28,12 @@ from pixelgen.store import LocalStore
 MADE_OF = "made_of.json"  # in the folder of a training: what its weights depend on
 
 
-def train_here(recipe: Recipe, shards: Path, out: Path, weights: Path, start: Path | None, readers: int | None,
+def train_here(recipe: Recipe, shards: Path, out: Path, networks: Path, start: Path | None, readers: int | None,
                memory: MemoryConfig) -> str | None:
     """Train into the folder `out`, from its newest checkpoint on -> None when the last step is taken and `out/model` is
     written, else where it stopped.
 
-    `shards`: a dataset of the shard stage; `weights`: the folder of the frozen networks; `start`: an exported model to
+    `shards`: a dataset of the shard stage; `networks`: the folder of the frozen ones; `start`: an exported model to
     begin with; `readers`: processes that decode images for each rank, None for none on a CPU and this machine's
     processors beside a GPU.
     """
@@ -47,21 +47,18 @@ def train_here(recipe: Recipe, shards: Path, out: Path, weights: Path, start: Pa
     for name in recipe.mixture or {}:
         choose(name, list(sources), "mixture: source")
     labelled = any(source["captions"] is None for source in sources.values())
-    for name, given, wanted in (("text", recipe.text is not None, not labelled),
-                                ("denoiser.num_classes", recipe.denoiser.num_classes is not None, labelled)):
-        require(given == wanted, f"{name}: {shards} has {'labels' if labelled else 'captions'}: " + (
-            "it is needed" if wanted else "set it to null"))
+    recipe.check_condition(labelled, str(shards), "denoiser")
     plan = plan_of(recipe, sources, lambda name, size: open_split(
         manifest, lambda entry: LocalFile(shards / entry["path"]), "train", name, size))
     check_data(recipe, manifest, plan, str(shards))
     for name in recipe.networks:
-        require((weights / name).is_dir(), f"{weights} has no folder {name}, which the recipe needs: name the folder "
-                "of the frozen networks (--weights)")
+        require((networks / name).is_dir(), f"{networks} has no folder {name}, which the recipe needs: name the folder "
+                "of the frozen networks (--networks)")
     made_of = {"recipe": recipe.trajectory, "shards": identity(manifest),
-               "weights": folder_hash(weights, recipe.networks), "init": start and folder_hash(start)}
+               "networks": folder_hash(networks, recipe.networks), "init": start and folder_hash(start)}
     out.mkdir(parents=True, exist_ok=True)
     out = out.absolute()
-    run = Training(recipe, out, LocalStore(out), plan, weights, start, memory)
+    run = Training(recipe, out, LocalStore(out), plan, networks, start, memory)
     with group(world) as device, stopping(run.store):
         with alone(out) if rank == 0 else contextlib.nullcontext():
             if rank == 0:
@@ -108,7 +105,7 @@ def claim(out: Path, made_of: dict[str, Any]) -> None:
     """Note what the training in `out` is made of. UserError, with the difference, if it holds one of something else."""
     path, new = out / MADE_OF, json.loads(json.dumps(made_of))
     old = json.loads(path.read_text()) if path.is_file() else new
-    if "grid_sampler" in old["recipe"]:
+    if old["recipe"].keys() != new["recipe"].keys():
         raise UserError(f"{out} holds a training of an earlier version: name another folder, or finish it with that")
     before, now = flat(old), flat(new)
     if changed := [name for name in sorted(before | now) if before.get(name) != now.get(name)]:

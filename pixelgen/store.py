@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol
 from pixelgen.errors import StorageError, UserError
 from pixelgen.files import atomic, read_range
 
-FAR_SECONDS = 10.0  # between looks at a store that is far away
+REMOTE_SECONDS = 10.0  # between looks at a store that is far away
 DISK_REMEDIES = {
     errno.ENOSPC: "make room on this disk",
     errno.EDQUOT: "make room within your quota on this disk",
@@ -28,7 +28,7 @@ DISK_REMEDIES = {
 class Store(Protocol):
     """A directory, or something that stands for one."""
 
-    far: ClassVar[bool]  # not on a disk of this machine: what is there has to be fetched, and each look at it costs
+    remote: ClassVar[bool]  # not on a disk of this machine: what is there has to be fetched, and each look at it costs
 
     def uri(self, name: str = "") -> str:
         """Where that is for others: an absolute path, or an s3://… of an object."""
@@ -86,7 +86,7 @@ def refusal(error: BaseException) -> int | None:
 class LocalStore:
     """A directory; names with a dot in front are unfinished."""
 
-    far: ClassVar[bool] = False
+    remote: ClassVar[bool] = False
     directory: Path
 
     def uri(self, name: str = "") -> str:

@@ -1,5 +1,6 @@
 """Files of tensors from elsewhere: nothing in them is executed, and none takes more memory than it is large itself."""
 
+import itertools
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from pixelgen.errors import CheckpointError
 
@@ -57,3 +59,12 @@ def check_state(state: Any, path: Path) -> dict[str, Tensor]:
     if claimed > 2 * size:  # twice: two names may stand for one tensor
         raise CheckpointError(f"{path}: its tensors claim {claimed:,} bytes, but the file has {size:,}")
     return dict(state)
+
+
+def run_bare(network: nn.Module, *inputs: object, **named: object) -> None:
+    """A forward pass without weights, over inputs on the meta device."""
+    tensors = itertools.chain(network.named_parameters(), network.named_buffers())
+    bare = {name: torch.empty_like(tensor, device="meta", dtype=torch.float32 if tensor.is_floating_point() else None)
+            for name, tensor in tensors}
+    with torch.no_grad():
+        functional_call(network, bare, inputs, named)

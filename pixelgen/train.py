@@ -20,23 +20,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pixelgen.config import (
-    DenoiserConfig,
-    FitConfig,
-    MemoryConfig,
-    OptimizerConfig,
-    TextDenoiserConfig,
-    require,
-)
+from pixelgen.config import FitConfig, MemoryConfig, OptimizerConfig, require
+from pixelgen.denoisers import Architecture
 from pixelgen.ema import ema_copy, ema_update
 from pixelgen.errors import UserError
 from pixelgen.images import to_float
 from pixelgen.losses import balance_weight
-from pixelgen.models import build_denoiser
-from pixelgen.models.jit import JiT
-from pixelgen.models.jit_t2i import JiTText
-from pixelgen.models.speed import compile_blocks, recompute_blocks
+from pixelgen.models import DenoiserNetwork
 from pixelgen.objective import Losses, Objective, WithProjector, join, repa_projector
+from pixelgen.speed import compile_blocks, recompute_blocks
 
 
 class NonFiniteError(UserError):
@@ -61,7 +53,7 @@ class TrainState:
     """All that training carries from step to step; saved and restored whole (`pixelgen.checkpoint`)."""
 
     model: WithProjector
-    ema: JiT | JiTText
+    ema: DenoiserNetwork
     optimizer: torch.optim.Optimizer
     percept_weight: float = 1.0
     step: int = 0
@@ -79,18 +71,17 @@ class TrainState:
         self.percept_weight, self.step, self.skipped = state["percept_weight"], state["step"], state["skipped"]
 
 
-def create_state(denoiser: DenoiserConfig | TextDenoiserConfig, objective: Objective, optimizer: OptimizerConfig,
+def create_state(denoiser: Architecture, objective: Objective, optimizer: OptimizerConfig,
                  seed: int, device: torch.device) -> TrainState:
     """A fresh state; its weights depend on `seed` alone, so that every rank starts from the same."""
     torch.manual_seed(seed)
-    model = build_denoiser(denoiser)
+    model = denoiser.build()
     projector, block = None, None
-    if objective.config.repa_weight:
-        assert objective.dino is not None
-        block = objective.config.repa_block
-        require(block < denoiser.depth, f"repa_block {block}: the denoiser has blocks 0 to {denoiser.depth - 1}")
-        hidden = objective.config.repa_hidden or denoiser.width
-        projector = repa_projector(denoiser.width, objective.dino.width, hidden)
+    repa = objective.config.repa
+    if repa.weight:
+        block = repa.block
+        require(block < denoiser.depth, f"repa.block {block}: the denoiser has blocks 0 to {denoiser.depth - 1}")
+        projector = repa_projector(denoiser.width, objective.networks["dino"].width, repa.hidden or denoiser.width)
     trained = WithProjector(model, projector, block).to(device)
     o = optimizer
     adamw = torch.optim.AdamW(trained.parameters(), o.lr, o.betas, weight_decay=o.weight_decay, fused=True)

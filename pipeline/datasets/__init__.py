@@ -1,21 +1,24 @@
-"""Sources of images, labelled or captioned: each gives units of work, cheaply and in a fixed order, and reads one.
+"""Datasets and their sources of images, labelled or captioned.
 
-A source is an object or module with the two functions of `Source`; all run through the same loop in the shard stage.
-What is wrong with it as a whole is a DatasetError before any image is read; what is wrong with one sample is a
-Rejected with the reason, and costs that sample only. Those whose samples are worth listing one by one, before any
-is read, are a `Listing` each, which `Listed` deals to units of work at random; the others read whole containers.
+A source cuts its work into units, cheaply and in a fixed order, and reads one at a time. What is wrong with the source
+is a DatasetError before any image is read; what is wrong with a sample is a Rejected, and costs that sample only. A
+`ListedSource` (`pipeline.datasets.listed`) lists samples and deals them to the units at random; others read whole
+containers. Neither this nor the head of a source's module imports anything heavy.
 """
 
+import dataclasses
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-import numpy as np
-from PIL import Image
-
-from pipeline.params import DatasetParams, SourceParams
+from pipeline.checkout import data_path
+from pixelgen.config import Variant, require
 from pixelgen.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SPLITS = ("train", "heldout")
 
@@ -38,7 +41,7 @@ class Item:
 
     key: str  # path in its source: unique there, and the same on every machine
     label: int | None
-    split: str  # one of SPLITS; of a container: empty, each of its samples has its own
+    split: str  # one of SPLITS; each sample of a container has its own
     size: int = 0  # bytes
     mtime_ns: int = 0
     texts: tuple["Item | None", ...] = ()  # the files of its captions, in the order of the parameters
@@ -58,7 +61,7 @@ class Task:
 class Sample:
     """What a row of a shard is made of."""
 
-    image: Image.Image  # RGB, of any size
+    image: "Image.Image"  # RGB, of any size
     split: str  # one of SPLITS
     label: int | None = None
     captions: list[str | None] | None = None  # in the order of the parameters, at least one of them not None
@@ -68,46 +71,53 @@ class Sample:
 Load = Callable[[], Sample]  # raises Rejected or Skipped
 
 
-class Source(Protocol):
-    def tasks(self, data: DatasetParams, source: SourceParams, /) -> tuple[list[str] | None, list[Task]]:
+# ------------------------------------------------------------------------------------------------------ sources
+
+
+class Source(Variant, ABC):
+    """Where the images of a dataset come from, and labels or captions with them."""
+
+    kinds: ClassVar[dict[str, str]] = {
+        "image_folder": "pipeline.datasets.image_folder:ImageFolder",
+        "webdataset": "pipeline.datasets.webdataset:WebDataset",
+        "parquet": "pipeline.datasets.parquet:Parquet",
+        "text_folder": "pipeline.datasets.text_folder:TextFolder",
+        "digits": "pipeline.demo.digits:Digits",
+        "scenes": "pipeline.demo.scenes:Scenes",
+    }
+    captions: dict[str, float] | None  # {column: share}, an option of those with captions; None: with labels
+
+    def __post_init__(self) -> None:
+        if self.captions is not None:
+            require(bool(self.captions), "captions: name the columns of captions, each with its share")
+            shares = [*self.captions.values()]
+            require(min(shares) >= 0 and max(shares) > 0, f"captions: of the shares {shares} none may be negative and "
+                    "one must be positive")
+
+    def check(self, data: "DatasetParams", /) -> None:
+        """ConfigError if the dataset asks for what this source cannot give."""
+
+    def located(self) -> Self:
+        """The same source for a process in any working directory."""
+        return self
+
+    @abstractmethod
+    def tasks(self, data: "DatasetParams", /) -> tuple[list[str] | None, list[Task]]:
         """Names of the classes, which labels count, or None for captioned images; and the units of work."""
 
-    def read(self, data: DatasetParams, source: SourceParams, task: Task, /) -> Iterator[tuple[str, Load]]:
+    @abstractmethod
+    def read(self, data: "DatasetParams", task: Task, /) -> Iterator[tuple[str, Load]]:
         """Key in the source and `load` of each sample of a task, to be called before the next is asked for."""
 
 
-class Listing(Protocol):
-    def listing(self, data: DatasetParams, source: SourceParams, /) -> tuple[list[str] | None, list[Item]]:
-        """Names of the classes or None, and one item for each sample: in `train` at least one of each class."""
-
-    def load(self, data: DatasetParams, source: SourceParams, item: Item, /) -> Sample:
-        """Read one item. Rejected or Skipped if it cannot be used."""
-
-
 @dataclass(frozen=True)
-class Listed:
-    """A source whose samples are listed one by one and dealt to the units of work at random."""
+class FolderSource(Source):
+    """A source whose images lie in files below a folder."""
 
-    of: Listing
+    path: str  # folder of the images or containers
 
-    def tasks(self, data: DatasetParams, source: SourceParams) -> tuple[list[str] | None, list[Task]]:
-        classes, items = self.of.listing(data, source)
-        return classes, deal(items, data.rows_per_shard, data.seed)
-
-    def read(self, data: DatasetParams, source: SourceParams, task: Task) -> Iterator[tuple[str, Load]]:
-        for item in task.items:
-            yield item.key, refuse(item.refused) if item.refused else partial(self.of.load, data, source, item)
-
-
-def deal(items: list[Item], rows_per_shard: int, seed: int) -> list[Task]:
-    """Deal the items of each split to as few tasks as possible, at random, and evenly to within one."""
-    tasks: list[Task] = []
-    for number, split in enumerate(SPLITS):
-        members = [item for item in items if item.split == split]
-        order = np.random.default_rng([seed, number]).permutation(len(members))
-        parts = np.array_split(order, -(-len(members) // rows_per_shard)) if members else []
-        tasks += [Task([members[i] for i in part], len(part), shuffle=False) for part in parts]
-    return tasks
+    def located(self) -> Self:
+        return dataclasses.replace(self, path=str(data_path(self.path).absolute()))
 
 
 def refuse(reason: str) -> Load:
@@ -116,3 +126,45 @@ def refuse(reason: str) -> Load:
         raise Rejected(reason)
 
     return load
+
+
+# ----------------------------------------------------------------------------------------------------- datasets
+
+
+@dataclass(frozen=True)
+class DatasetParams:
+    """Sources of images, all labelled or all captioned, and how they are cut into shards."""
+
+    sources: dict[str, Source]  # mixed in training; labelled data has exactly one
+    image_sizes: tuple[int, ...] = (256,)  # pixels on a side, ascending: an image is stored at the largest it reaches
+    crop: Literal["adm", "plain"] = "adm"  # ADM's resize and centre crop | bilinear to the short side, centre crop
+    encoding: Literal["png", "jpeg"] = "png"  # jpeg: quality 95, 4:4:4, for what would take many terabytes as PNG
+    rows_per_shard: int = 1024  # at most; a task also holds about one shard of each size in memory
+    heldout: float = 0.0  # share of the images kept from training; digits have a split of their own
+    max_quarantined: float = 0.001  # largest share of unusable images; more of them stop the stage
+    max_megapixels: float = 64.0  # images of more pixels are quarantined unread (decompression bombs)
+    seed: int = 0  # of the order of images in the shards
+
+    def __post_init__(self) -> None:
+        require(bool(self.sources), "sources: at least one is needed")
+        for name in self.sources:
+            require(re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII) is not None,
+                    f"sources: {name!r} names files: use letters, digits, _, - and .")
+        require(self.image_sizes != () and list(self.image_sizes) == sorted(set(self.image_sizes)),
+                f"image_sizes {list(self.image_sizes)} must be ascending, and at least one")
+        require(self.image_sizes[0] >= 8, f"image_sizes: {self.image_sizes[0]} must be at least 8")
+        require(self.rows_per_shard >= 1, "rows_per_shard must be at least 1")
+        require(0 <= self.max_quarantined < 1, f"max_quarantined {self.max_quarantined} must lie in [0, 1)")
+        require(self.max_megapixels > 0, "max_megapixels must be positive")
+        if self.labelled:
+            require(len(self.sources) == 1, "sources: labelled data has exactly one; labels of several would be mixed "
+                    "up")
+            require(len(self.image_sizes) == 1, "image_sizes: labelled data has exactly one")
+        require(0 <= self.heldout < 1, f"heldout {self.heldout} must lie in [0, 1)")
+        for source in self.sources.values():
+            source.check(self)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether its images have labels; otherwise they have captions."""
+        return any(source.captions is None for source in self.sources.values())

@@ -6,17 +6,14 @@ differ where ADM's are an accident: transparency is laid on white instead of unc
 """
 
 import contextlib
-import io
 import os
 import warnings
 from collections.abc import Iterator
 from typing import BinaryIO
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.datasets import DatasetError, Rejected, Skipped
-from pipeline.params import DatasetParams
+from pipeline.datasets import DatasetError, DatasetParams, Rejected, Skipped
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # some others are decoded by outside programs
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")  # of file names
@@ -31,11 +28,6 @@ def decode(file: BinaryIO, data: DatasetParams) -> Image.Image:
         with Image.open(file, formats=FORMATS) as image:
             check_size(image.width, image.height, data)
             return to_rgb(image)
-
-
-def decode_bytes(encoded: bytes, data: DatasetParams) -> Image.Image:
-    """`decode` of a file in memory."""
-    return decode(io.BytesIO(encoded), data)
 
 
 def check_length(length: int, data: DatasetParams) -> None:
@@ -73,6 +65,8 @@ def check_size(width: int, height: int, data: DatasetParams) -> None:
 def to_rgb(image: Image.Image) -> Image.Image:
     """The module's docstring says what becomes of each kind of pixel."""
     if image.mode.startswith("I;16"):
+        import numpy as np
+
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise Rejected(f"pixels of mode {image.mode} (32 bits) have no agreed range")

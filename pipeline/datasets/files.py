@@ -14,6 +14,15 @@ from typing import BinaryIO
 from pipeline.datasets import DatasetError, Item, Rejected, Task
 
 
+@contextlib.contextmanager
+def listing(needed: str) -> Iterator[None]:
+    """DatasetError, which says what is needed, where a folder cannot be listed."""
+    try:
+        yield
+    except OSError as error:
+        raise DatasetError(f"{error.filename}: {error.strerror}; {needed}") from error
+
+
 def files_below(folder: str | Path) -> Iterator[os.DirEntry]:
     """Everything below `folder` but folders, in order of name."""
     waiting = entries_of(folder)
@@ -31,31 +40,30 @@ def entries_of(folder: str | Path) -> list[os.DirEntry]:
         return sorted(entries, key=lambda entry: entry.name, reverse=True)
 
 
-def make_item(entry: os.DirEntry, root: str, label: int | None, split: str) -> Item:
+def make_item(entry: os.DirEntry, root: str, heldout: float, label: int | None = None) -> Item:
+    """An image or text below `root`, of which a share is held out by their paths."""
     try:
         stat = entry.stat()
         stamp = stat.st_size, stat.st_mtime_ns
     except OSError:  # a broken link, or gone already: `open_item` will say so
         stamp = 0, 0
-    return Item(os.path.relpath(entry.path, root), label, split, *stamp)
+    key = os.path.relpath(entry.path, root)
+    return Item(key, label, split_of(key, heldout), *stamp)
 
 
 def containers(root: str, ending: str) -> list[Task]:
     """A unit of work for each file of this ending below `root`. DatasetError if there is none."""
-    try:
-        found = [make_item(entry, root, None, "") for entry in files_below(root) if entry.name.endswith(ending)]
-    except OSError as error:
-        raise DatasetError(f"{error.filename}: {error.strerror}; path must be a readable folder of {ending} files"
-                           ) from error
+    with listing(f"path must be a readable folder of {ending} files"):
+        found = [make_item(entry, root, 0) for entry in files_below(root) if entry.name.endswith(ending)]
     if not found:
         raise DatasetError(f"{root} has no {ending} files at any depth: correct path or put them there")
     return [Task([item], 0, shuffle=True) for item in found]
 
 
-def split_of(key: str, heldout: float | None) -> str:
+def split_of(key: str, heldout: float) -> str:
     """train or heldout, by the key alone: the same however many others there are, and stable as the share grows."""
     draw = int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:8]) / 2**64  # uniform in [0, 1)
-    return "heldout" if draw < (heldout or 0) else "train"
+    return "heldout" if draw < heldout else "train"
 
 
 @contextlib.contextmanager

@@ -16,32 +16,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.datasets import (
-    Listed,
-    Rejected,
-    Skipped,
-    Source,
-    Task,
-    digits,
-    image_folder,
-    parquet,
-    scenes,
-    text_folder,
-    webdataset,
-)
-from pipeline.params import DatasetParams
+from pipeline.datasets import DatasetParams, Rejected, Skipped, Task
 from pipeline.storage import Storage, read_sealed, write_sealed
 from pixelgen.data.shards import describe_pieces, encode_shard
 from pixelgen.images import adm_crop, plain_crop
 
-SOURCES: dict[str, Source] = {  # by format
-    "digits": Listed(digits),
-    "image_folder": Listed(image_folder),
-    "scenes": Listed(scenes),
-    "text_folder": Listed(text_folder),
-    "webdataset": webdataset,
-    "parquet": parquet,
-}
 CROPS = {"adm": adm_crop, "plain": plain_crop}
 ENCODINGS: dict[str, dict[str, Any]] = {"png": {"format": "PNG"},
                                         "jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0}}
@@ -64,7 +43,7 @@ class Job:
 
 def write_job(job: Job, data: DatasetParams, storage: Storage, run: Path) -> str:
     """Write the shards of one job, and then the report that vouches for them -> the job's name."""
-    source, rows, numbers = data.sources[job.source], dict[tuple[str, int], list[dict[str, Any]]](), Counter[Any]()
+    rows, numbers = dict[tuple[str, int], list[dict[str, Any]]](), Counter[Any]()
     report: Report = {"shards": [], "rejected": [], "skipped": 0, "captions_cut": 0, "enlarged": 0}
 
     def flush(split: str, size: int) -> None:
@@ -80,7 +59,7 @@ def write_job(job: Job, data: DatasetParams, storage: Storage, run: Path) -> str
                                  "pieces": describe_pieces(written),
                                  "labels": [row["label"] for row in bucket]})
 
-    for key, load in SOURCES[source.format].read(data, source, job.task):
+    for key, load in data.sources[job.source].read(data, job.task):
         try:
             sample = load()
         except Skipped:

@@ -1,1 +1,1 @@
-"""The stages of the workflow, one module each: `python -m pipeline.stages.STAGE [NAME]` in the top folder."""
+"""The stages of the workflow, one module each, in which `run` does the work: `python -m pipeline STAGE [KEY]`."""

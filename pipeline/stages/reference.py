@@ -7,7 +7,6 @@ checked, and taken over as it is.
 """
 
 import itertools
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,13 @@ import numpy as np
 import torch
 
 from pipeline.checkout import data_path
-from pipeline.cluster import Cluster, read_cluster, work_through
-from pipeline.judges import load_extractor
-from pipeline.params import ReferenceParams, resolved_params, stage_params
+from pipeline.cluster import Cluster, work_through
+from pipeline.networks import Network
+from pipeline.params import ReferenceParams
 from pipeline.parts import read_part, write_array, write_arrays
-from pipeline.runs import clear, run_directory, run_stage, working
-from pipeline.storage import Artifact, Storage, fresh_directory
+from pipeline.runs import clear, working
+from pipeline.stage import Stage
+from pipeline.storage import Artifact, fresh_directory
 from pixelgen.config import ConfigError, require
 from pixelgen.data.shards import read_images
 from pixelgen.errors import StorageError, UserError
@@ -30,54 +30,53 @@ from pixelgen.metrics.fid import Moments, Reference
 from pixelgen.npz import Stream
 from pixelgen.store import Store
 
-OUT, SHARDS, WEIGHTS = Path("out/reference"), Path("out/shard"), Path("out/weights")
 PART = 20_000  # images in one unit of work and of resumption; with Inception its moments take 66 MB
 HELD = 256  # images in a file of kept ones
 
 
-def main() -> None:
-    key = sys.argv[1]
-    whole, cluster = resolved_params("reference"), read_cluster()
-    params, storage = stage_params(whole.reference, key, "reference"), Storage(whole.storage.root)
+def run(stage: Stage) -> None:
+    params: ReferenceParams = stage.own
+    cluster = stage.cluster
     torch.set_num_threads(cluster.threads)
-    storage.check()
-    weights, dataset = storage.open(WEIGHTS, "weights"), storage.open(SHARDS / params.dataset, "dataset")
+    networks, dataset = stage.open("networks"), stage.open("shard", params.dataset)
+    network = stage.params.networks[params.extractor]
     if params.npz is None:
         require((total := dataset.split("train").total) > 1,
                 f"dataset {params.dataset} has {total} training image: no covariance is of one")
-        directory = run_directory("reference", params, dataset.identity, weights.part(params.extractor))
-        state = storage.run(directory)
+        directory = stage.run_directory(params, network.meaning, dataset.identity, networks.part(params.extractor))
+        state = stage.storage.run(directory)
         parts: list[dict[str, Any]] = [{"name": f"part-{start:09d}.npz", "start": start, "stop": start + PART}
                                        for start in range(0, total, PART)]
         with working(directory):
-            work_through(parts, MomentWorker, (params, dataset, weights, state, cluster), cluster, "reference", state)
+            work_through(parts, MomentWorker, (params, network, dataset, networks, state, cluster), cluster,
+                         "reference", state)
             extractor, reference = merged(state, [part["name"] for part in parts])
-            write(storage, key, params, dataset, extractor, reference, kept_images(state, min(params.images, total)))
-            if storage.root:
+            write(stage, dataset, extractor, reference, kept_images(state, min(params.images, total)))
+            if stage.storage.root:
                 for name in state.sizes():  # moments of ImageNet take gigabytes
                     state.delete(name)
             clear(directory)
     else:
-        write(storage, key, params, dataset, *published(params, weights.local()), None)
+        write(stage, dataset, *published(params, network, networks.local() / params.extractor), None)
 
 
-def write(storage: Storage, key: str, params: ReferenceParams, dataset: Artifact, extractor: str,
-          reference: Reference, images: Stream | None) -> None:
+def write(stage: Stage, dataset: Artifact, extractor: str, reference: Reference, images: Stream | None) -> None:
     """The output; `images`: those of the reference, where they come a few at a time. It is also of another identity if
     the dataset is, so that what is compared with both is done again, whatever the reference was made of."""
-    out, kept = fresh_directory(OUT / key), images or reference.images
+    out, kept = fresh_directory(stage.out), images or reference.images
     fid.save_reference(out / "reference.npz", reference, images)
-    storage.publish(out, "reference", params, extractor=extractor, dataset=dataset.identity, npz=params.npz,
-                    images=0 if kept is None else kept.shape[0])
+    stage.storage.publish(out, "reference", stage.own, extractor=extractor, dataset=dataset.identity,
+                          npz=stage.own.npz, images=0 if kept is None else kept.shape[0])
 
 
 class MomentWorker:
     """What an actor does: it holds the extractor, and leaves the moments of the features of a part, and those of its
     images that are kept: all of them in a small dataset, so they go into files of a few before the moments."""
 
-    def __init__(self, params: ReferenceParams, dataset: Artifact, weights: Artifact, state: Store, cluster: Cluster):
+    def __init__(self, params: ReferenceParams, network: Network, dataset: Artifact, networks: Artifact, state: Store,
+                 cluster: Cluster):
         self.params, self.state, self.split = params, state, dataset.split("train")
-        self.extractor = load_extractor(params.extractor, weights.local(), torch.device(cluster.device))
+        self.extractor = network.extractor(networks.local() / params.extractor, torch.device(cluster.device))
         self.chosen = np.zeros(self.split.total, bool)
         order = np.random.RandomState(0).permutation(self.split.total)  # its stream never changes
         self.chosen[order[:params.images]] = True
@@ -133,7 +132,7 @@ def kept_images(state: Store, count: int) -> Stream:
     return Stream((count, *first.shape[1:]), first.dtype, itertools.chain([first], rows))
 
 
-def published(params: ReferenceParams, weights: Path) -> tuple[str, Reference]:
+def published(params: ReferenceParams, network: Network, folder: Path) -> tuple[str, Reference]:
     """The extractor's name, and the reference in the params' npz. ConfigError if it cannot be read or holds another
     extractor's features."""
     npz = str(data_path(str(params.npz)))
@@ -141,7 +140,7 @@ def published(params: ReferenceParams, weights: Path) -> tuple[str, Reference]:
         reference = fid.load_reference(npz)
     except (OSError, UserError) as error:
         raise ConfigError(f"{error}; set npz of this reference to a file in ADM's layout or null") from error
-    extractor = load_extractor(params.extractor, weights, torch.device("cpu"))  # one image: no GPU is worth it
+    extractor = network.extractor(folder, torch.device("cpu"))  # one image: no GPU is worth it
     probe = fid.extract(extractor, np.zeros((1, 32, 32, 3), np.uint8), 1)
     found, expected = (len(reference.mu), len(reference.mu_s)), (probe.pool.shape[1], probe.spatial.shape[1])
     if found != expected:
@@ -149,8 +148,3 @@ def published(params: ReferenceParams, weights: Path) -> tuple[str, Reference]:
                           "it is of another extractor")
     return extractor.name, reference
 
-
-if __name__ == "__main__":
-    from pipeline.stages.reference import main as imported  # by name, so that Ray's workers import what they run
-
-    run_stage(imported)

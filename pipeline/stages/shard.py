@@ -11,50 +11,43 @@ import dataclasses
 import json
 import pickle
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkout import data_path
-from pipeline.cluster import Cluster, attempt, connect, outcomes, ray_data, read_cluster
-from pipeline.datasets import SPLITS, DatasetError
-from pipeline.datasets.work import SOURCES, Job, Report, read_report, write_job
-from pipeline.params import DatasetParams, resolved_params, stage_params
-from pipeline.runs import clear, run_directory, run_stage, working
+from pipeline.cluster import Cluster, attempt, connect, outcomes, ray_data
+from pipeline.datasets import SPLITS, DatasetError, DatasetParams
+from pipeline.datasets.work import Job, Report, read_report, write_job
+from pipeline.runs import clear, working
+from pipeline.stage import Stage
 from pipeline.storage import Storage, fresh_directory
 from pixelgen.data.shards import SCHEMA
 from pixelgen.errors import StorageError
 from pixelgen.store import write_atomic
 
-OUT = Path("out/shard")
 SHARE = {"png": 0.75, "jpeg": 0.25}  # what an encoded photograph takes of its raw bytes
 QUARANTINE = "quarantine.jsonl"
 UNCOUNTED = 10_000  # samples from which on the share of unusable ones counts, where their number is not known before
 
 
-def main() -> None:
-    key = sys.argv[1]
-    whole, cluster = resolved_params("shard"), read_cluster()
-    config, storage = stage_params(whole.datasets, key, "shard"), Storage(whole.storage.root)
-    storage.check()
-    sources = {name: dataclasses.replace(source, path=source.path and str(data_path(source.path).absolute()))
-               for name, source in config.sources.items()}
-    data = dataclasses.replace(config, sources=sources)
+def run(stage: Stage) -> None:
+    config: DatasetParams = stage.own
+    storage = stage.storage
+    data = dataclasses.replace(config, sources={name: source.located() for name, source in config.sources.items()})
     classes, jobs = find_jobs(data)
     listed = [(job.source, [(i.key, i.size, i.mtime_ns) for item in job.task.items for i in (item, *item.texts) if i])
               for job in jobs]
     columns = [[*(source.captions or {})] for source in data.sources.values()]  # whose order a fingerprint does not see
     config_of_run = dataclasses.replace(data, max_quarantined=0.0)
-    run = run_directory("shard", config_of_run, columns, listed, str(SCHEMA)).absolute()
-    with working(run):
-        shards = run / "shards"
-        reports = collect(jobs, data, cluster, storage, run)
+    directory = stage.run_directory(config_of_run, columns, listed, str(SCHEMA)).absolute()
+    with working(directory):
+        shards = directory / "shards"
+        reports = collect(jobs, data, stage.cluster, storage, directory)
         files = [shard["file"] for report in reports.values() for shard in report["shards"]]
-        wanted = {QUARANTINE, *(file["path"] for file in files)}
+        kept = {QUARANTINE, *(file["path"] for file in files)}
         for stray in shards.iterdir():
-            if stray.name not in wanted:  # what a killed run left half-written
+            if stray.name not in kept:  # what a killed run left half-written
                 stray.unlink()
         parts = {name: summary([reports[job.name] for job in jobs if job.source == name], classes) | {
             "captions": config.sources[name].captions} for name in config.sources}
@@ -62,19 +55,19 @@ def main() -> None:
         storage.publish(shards, "dataset", config, stored=files, image_sizes=config.image_sizes, classes=classes,
                         quarantined=sum(part["quarantined"] for part in parts.values()),
                         skipped=sum(part["skipped"] for part in parts.values()), sources=parts)
-        fresh_directory(OUT / key).rmdir()
-        shutil.move(shards, OUT / key)
-        state = storage.run(run)
+        fresh_directory(stage.out).rmdir()
+        shutil.move(shards, stage.out)
+        state = storage.run(directory)
         for name in state.sizes("reports/"):
             state.delete(name)
-        clear(run)
+        clear(directory)
 
 
 def find_jobs(data: DatasetParams) -> tuple[list[str] | None, list[Job]]:
     """Names of the classes, if it has any, and all that is to be done. DatasetError if a source cannot be used."""
     classes, jobs = None, []
     for name, source in data.sources.items():
-        classes, tasks = SOURCES[source.format].tasks(data, source)
+        classes, tasks = source.tasks(data)
         jobs += [Job(name, number, task) for number, task in enumerate(tasks)]
     return classes, jobs
 
@@ -173,6 +166,3 @@ def hint(quarantine: Path) -> str:
     lines = quarantine.read_text().splitlines(keepends=True)
     return f"replace or remove these files, more in {quarantine}:\n{''.join(lines[:3])}"
 
-
-if __name__ == "__main__":
-    run_stage(main)

@@ -2,53 +2,49 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.cluster import Cluster, connect, read_cluster, work_through
+from pipeline.cluster import connect, work_through
 from pipeline.older import refuse_older_runs
-from pipeline.params import NONE, TrainParams, resolved_params, stage_params
+from pipeline.params import NONE, TrainParams
 from pipeline.rank import Run, ray_rank, run_rank
-from pipeline.runs import Stopped, run_directory, run_stage, working
+from pipeline.runs import Stopped, working
+from pipeline.stage import Stage
 from pipeline.storage import Storage, fresh_directory, run_name
 from pixelgen.progress import Progress
 from pixelgen.rank import check_data, stopping
 from pixelgen.recorders import CURVE, grids_upto, upto
 
 EXPORTED = "exported.json"  # in the run's store: which files make up the model
-WEIGHTS, DATA, OUT = Path("out/weights"), Path("out/shard"), Path("out/train")
 
 
-def main() -> None:
-    key = sys.argv[1]
-    whole = resolved_params("train")
-    params, storage = stage_params(whole.train, key, "train"), Storage(whole.storage.root)
-    run = prepare(key, params, storage, read_cluster())
-    with working(run.directory):
-        run.begin()
-        if not run.done:
-            train(run)
-        write_outputs(run, storage, OUT / key)
+def run(stage: Stage) -> None:
+    training = prepare(stage)
+    with working(training.directory):
+        training.begin()
+        if not training.done:
+            train(training)
+        write_outputs(training, stage.storage, stage.out)
 
 
-def prepare(key: str, params: TrainParams, storage: Storage, cluster: Cluster) -> Run:
+def prepare(stage: Stage) -> Run:
     """Everything that can be wrong before work starts is found here."""
-    storage.check()
-    data, weights = storage.open(DATA / params.dataset, "dataset"), storage.open(WEIGHTS, "weights")
-    cluster.ranks(params.fit.lanes)  # raises if the lanes cannot be shared out
-    start = None if params.init == NONE else storage.open(OUT / params.init / "model", "model")
-    for artifact in (weights, start):
+    params: TrainParams = stage.own
+    data, networks = stage.open("shard", params.dataset), stage.open("networks")
+    stage.cluster.ranks(params.fit.lanes)  # raises if the lanes cannot be shared out
+    start = None if params.init == NONE else stage.open("train", params.init)
+    for artifact in (networks, start):
         if artifact and artifact["root"] is None:
             artifact.local()  # or every rank would find what is damaged, and Ray Train start it again
-    made_of = [params.trajectory, data.identity, weights.part(*params.networks), start and start.identity]
-    directory = run_directory("train", *made_of)
-    refuse_older_runs(key, directory, storage.root)
-    run = Run(params, directory.absolute(), storage.run(directory), data, weights, start, cluster)
-    check_data(params, data.manifest, run.plan, params.dataset)
-    return run
+    made_of = [params.trajectory, data.identity, networks.part(*params.networks), start and start.identity]
+    directory = stage.run_directory(*made_of)
+    refuse_older_runs(stage.key, directory, stage.storage.root)
+    training = Run(params, directory.absolute(), stage.storage.run(directory), data, networks, start, stage.cluster)
+    check_data(params, data.manifest, training.plan, params.dataset)
+    return training
 
 
 def train(run: Run) -> None:
@@ -112,8 +108,3 @@ class ExportWorker:
         files = self.storage.keep_files(self.model, lambda folder: steps.append(self.run.export(folder)))
         self.run.store.write(part["name"], json.dumps({"step": steps[0], "files": files}).encode())
 
-
-if __name__ == "__main__":
-    from pipeline.stages.train import main as imported  # by name, so that Ray's workers import what they run
-
-    run_stage(imported)

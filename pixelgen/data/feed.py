@@ -37,11 +37,11 @@ READS = 8  # lanes that are read for at the same time
 
 
 @dataclass(frozen=True)
-class Source:
+class MixedSource:
     """A part of the mixture: its split, its share of every window, and how often each column of captions is drawn."""
 
     split: Split
-    weight: float = 1.0
+    share: float = 1.0
     captions: tuple[float, ...] = ()
 
 
@@ -49,7 +49,7 @@ class Source:
 class Plan:
     """What one training run reads, and in which order."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[MixedSource, ...]
     image_size: int  # larger stored images are resized to it
     seed: int
     batch_size: int
@@ -59,7 +59,7 @@ class Plan:
     @functools.cached_property
     def order(self) -> Order:
         return Order(tuple(source.split.rows for source in self.sources),
-                     tuple(source.weight for source in self.sources), self.seed, self.batch_size, self.lanes)
+                     tuple(source.share for source in self.sources), self.seed, self.batch_size, self.lanes)
 
 
 @dataclass(frozen=True)
@@ -127,13 +127,11 @@ class Lane:
 
 
 def lane_batches(plan: Plan, lanes: Sequence[int], start: int, stop: int, device: torch.device,
-                 encode: Callable[[Sequence[str]], torch.Tensor] | None = None, executor: Executor = InProcess()
+                 encode: Callable[[Sequence[Any]], torch.Tensor], executor: Executor = InProcess()
                  ) -> Generator[list[LaneBatch], None, None]:
-    """This rank's `lanes` for every step from `start` to `stop`. `encode` turns the prompts of a step into text
-    features; None: the conditions are labels. An executor that works beside this process is kept busy with the steps
-    that come next."""
-    import torch
-
+    """This rank's `lanes` for every step from `start` to `stop`. `encode` turns the labels or prompts of a step into
+    conditions (`Conditioning.encode`). An executor that works beside this process is kept busy with the steps that come
+    next."""
     from pixelgen.train import LaneBatch
 
     lane_size = plan.order.lane_size
@@ -143,9 +141,7 @@ def lane_batches(plan: Plan, lanes: Sequence[int], start: int, stop: int, device
         steps = gathered(decoded(rows, plan.image_size, executor, ahead), whole, pinned=device.type == "cuda")
         with contextlib.closing(in_background(steps) if ahead else steps) as coming:
             for chosen, pixels in coming:
-                conditions: list[Any] = [row.condition for row in chosen]
-                condition = torch.tensor(conditions) if encode is None else encode(conditions)
-                condition = condition.to(device, non_blocking=True)
+                condition = encode([row.condition for row in chosen]).to(device, non_blocking=True)
                 images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
                 yield [LaneBatch(of_lane[0].step, of_lane[0].lane, [row.key for row in of_lane],
                                  images[i:i + lane_size].contiguous(), condition[i:i + lane_size])

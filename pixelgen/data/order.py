@@ -22,15 +22,15 @@ class Order:
     """Which row of which source is at (step, lane, position)."""
 
     rows: tuple[tuple[int, ...], ...]  # of each source, in each of its shards
-    weights: tuple[float, ...]  # of each source: its share of every window
+    shares: tuple[float, ...]  # of each source in every window, relatively
     seed: int
     batch_size: int
     lanes: int
 
     def check(self) -> None:
         """ConfigError if a source is too small for its share of a batch, or its share too small for a row."""
-        for number, (rows, weight, quota) in enumerate(zip(self.rows, self.weights, self.quotas, strict=True)):
-            require(quota > 0, f"source {number} of the mixture has weight {weight:g}, less than one image in "
+        for number, (rows, share, quota) in enumerate(zip(self.rows, self.shares, self.quotas, strict=True)):
+            require(quota > 0, f"source {number} of the mixture has the share {share:g}, less than one image in "
                     f"{WINDOW * self.lane_size}: raise it or leave the source out")
             require(sum(rows) >= self.lanes, f"source {number} of the mixture has {sum(rows)} training images, fewer "
                     f"than fit.lanes {self.lanes}: lower that, add data, or leave the source out")
@@ -44,9 +44,9 @@ class Order:
 
     @property
     def quotas(self) -> list[int]:
-        """Rows of each source in each window of a lane, in proportion to the weights by largest remainders."""
-        total, rows = sum(self.weights), WINDOW * self.lane_size
-        exact = [weight / total * rows for weight in self.weights]
+        """Rows of each source in each window of a lane, in proportion to the shares by largest remainders."""
+        total, rows = sum(self.shares), WINDOW * self.lane_size
+        exact = [share / total * rows for share in self.shares]
         quotas = [int(e) for e in exact]
         for i in sorted(range(len(exact)), key=lambda i: quotas[i] - exact[i])[:rows - sum(quotas)]:
             quotas[i] += 1

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixelgen.errors import CheckpointError
+from pixelgen.speed import compile_blocks
 from pixelgen.tensors import read_safetensors
 
 PATCH = 14
@@ -77,10 +78,23 @@ class Dino(nn.Module):
 
     def forward(self, images: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
         x = resize_bicubic(((images + 1) / 2 - self.mean) / self.std, self.grid * PATCH)
-        wanted = sorted(set(blocks))
+        chosen = sorted(set(blocks))
         tokens = self.network.forward_intermediates(  # type: ignore[operator]
-            x, indices=wanted, norm=True, output_fmt="NLC", intermediates_only=True)
-        return dict(zip(wanted, tokens, strict=True))
+            x, indices=chosen, norm=True, output_fmt="NLC", intermediates_only=True)
+        return dict(zip(chosen, tokens, strict=True))
+
+    def compiled(self) -> None:
+        """Have it compiled when it is first run, for any number of images."""
+        compile_blocks(self.network, dynamic=None)
+
+    def example(self, image: Tensor) -> tuple[tuple[Any, ...], int]:
+        """Inputs of a forward pass over an image (1, 3, H, W), and how many passes it counts for."""
+        return (image, [self.depth - 1]), 1
+
+    def kept(self, image: Tensor, blocks: Sequence[int]) -> float:
+        """Bytes for the backward pass of an image, in bf16, where these blocks are asked for: the stream twice in
+        float32; queries, keys, values, what attention gives, and GELU's four times as wide input."""
+        return (self.grid**2 + 1) * self.width * (2 * 4 + 2 * (3 + 1 + 4)) * (max(blocks) + 1)
 
 
 def resize_bicubic(x: Tensor, size: int) -> Tensor:

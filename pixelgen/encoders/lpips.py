@@ -7,17 +7,19 @@ import contextlib
 import io
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pixelgen.tensors import read_safetensors
+from pixelgen.tensors import read_safetensors, run_bare
 
 TINY = 1e-10
 
 
-def load_lpips(directory: str | Path) -> "Lpips":
+def load_lpips(directory: str | Path, grid: int = 0) -> "Lpips":
     """The frozen metric of `directory`: `config.json` names the trunk (`vgg` or `alex`), `trunk.safetensors` holds
     torchvision's `features.N.*`, every one of which must be there and fit (`classifier.*` is not used)."""
     import lpips
@@ -46,11 +48,37 @@ class Lpips(nn.Module):
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = self.features(targets)
+            compared = self.features(targets)
         distance = images.new_zeros(len(images))
-        for a, b, linear in zip(self.features(images), wanted, self.metric.lins, strict=True):  # type: ignore
+        for a, b, linear in zip(self.features(images), compared, self.metric.lins, strict=True):  # type: ignore
             distance = distance + linear((a - b).square()).mean(dim=(1, 2, 3))
         return distance
+
+    def compiled(self) -> None:
+        """Have it compiled when it is first run, for any number of images."""
+        self.to(memory_format=torch.channels_last).compile()  # type: ignore[call-overload]
+
+    def example(self, image: Tensor) -> tuple[tuple[Any, ...], int]:
+        """Inputs of a forward pass over an image (1, 3, H, W), and how many passes it counts for."""
+        return (image, image), 2
+
+    def kept(self, image: Tensor, blocks: Sequence[int]) -> float:
+        """Bytes for the backward pass of an image: what the trunk's convolutions give, in bf16, and, in float32, what
+        of it is compared, before and after it is brought to unit length."""
+        trunk, compared = 0, 0
+
+        def seen(module: nn.Conv2d, _: object, out: Tensor) -> None:
+            nonlocal trunk, compared
+            if module.out_channels == 1:  # one of the layers that weigh the squared differences of all channels
+                compared += out.numel() * module.in_channels
+            else:
+                trunk += out.numel()
+
+        hooks = [module.register_forward_hook(seen) for module in self.modules() if isinstance(module, nn.Conv2d)]
+        run_bare(self, image, image)
+        for hook in hooks:
+            hook.remove()
+        return 2 * trunk / 2 + 4 * 2 * compared  # the trunk has also seen the targets, which take no gradient
 
     def features(self, images: Tensor) -> list[Tensor]:
         """What each of the trunk's layers says of images (B, 3, H, W), as (B, C, h, w) with channels of unit length."""

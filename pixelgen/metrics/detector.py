@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixelgen.errors import CheckpointError
-from pixelgen.metrics.geneval import Found
+from pixelgen.metrics.geneval import ClassDetections
 from pixelgen.metrics.pretrained import build, read_weights, weights_file
 from pixelgen.precision import ieee_fp32
 from pixelgen.tensors import reading
@@ -54,7 +54,7 @@ class Mask2Former:
         self.network, self.name, self.device = network, name, device
 
     @torch.inference_mode()
-    def __call__(self, image: Array) -> dict[str, Found]:
+    def __call__(self, image: Array) -> dict[str, ClassDetections]:
         inputs, resized = prepare(image)
         with ieee_fp32():
             seen = self.network(pixel_values=inputs.to(self.device))
@@ -105,7 +105,8 @@ def prepare(image: Array) -> tuple[Tensor, Size]:
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1), (h, w)
 
 
-def find(class_logits: Tensor, mask_logits: Tensor, padded: Size, resized: Size, size: Size) -> dict[str, Found]:
+def find(class_logits: Tensor, mask_logits: Tensor, padded: Size, resized: Size, size: Size
+         ) -> dict[str, ClassDetections]:
     """The TOP pairs of query and class in an image of `size`. A score is the class's probability times the mean
     certainty inside the mask; a box is the mask's tightest, its end one past the last pixel."""
     logits = F.interpolate(mask_logits[None], padded, mode="bilinear")[..., :resized[0], :resized[1]]
@@ -123,7 +124,7 @@ def find(class_logits: Tensor, mask_logits: Tensor, padded: Size, resized: Size,
     found = {}
     for label in labels[seen].unique().tolist():
         chosen = (labels == label) & seen
-        found[CLASSES[label]] = Found(scored[chosen.cpu().numpy()], masks[queries[chosen]].cpu().numpy())
+        found[CLASSES[label]] = ClassDetections(scored[chosen.cpu().numpy()], masks[queries[chosen]].cpu().numpy())
     return found
 
 

@@ -164,7 +164,7 @@ def score(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class ClassDetections:
     """The objects of one class in an image: boxes (N, 5) float32, [x0, y0, x1, y1, score]; masks (N, H, W) bool."""
 
     boxes: Array
@@ -175,7 +175,7 @@ class Detector(Protocol):
     @property
     def name(self) -> str: ...
 
-    def __call__(self, image: Array, /) -> Mapping[str, Found]: ...
+    def __call__(self, image: Array, /) -> Mapping[str, ClassDetections]: ...
 
 
 class ColorClassifier(Protocol):
@@ -188,7 +188,7 @@ class ColorClassifier(Protocol):
 
 
 @dataclass(frozen=True)
-class Sample:
+class PromptedImage:
     """An image of a folder, its path in there with `/`, and the line of the benchmark's metadata that it shall show."""
 
     path: Path
@@ -202,7 +202,7 @@ def judge_image(image: Array, prompt: Mapping[str, Any], detector: Detector, col
     seen = {}
     for name, found in detector(image).items():
         kept = _kept(found.boxes, _threshold(prompt, rules), rules)
-        seen[name] = Found(found.boxes[kept], found.masks[kept])
+        seen[name] = ClassDetections(found.boxes[kept], found.masks[kept])
 
     def colors_of(name: str, objects: Array) -> Sequence[str]:
         """Of the first of the kept objects: these are in the order in which `judge` takes them."""
@@ -211,12 +211,12 @@ def judge_image(image: Array, prompt: Mapping[str, Any], detector: Detector, col
     return judge(prompt, {name: found.boxes for name, found in seen.items()}, colors_of, rules)
 
 
-def list_images(directory: Path) -> list[Sample]:
+def list_images(directory: Path) -> list[PromptedImage]:
     """The images of a folder in the benchmark's layout: `00000/metadata.jsonl`, `00000/samples/0000.png` and so on.
     Other files are left aside, as by the benchmark's own tool. FileError that names all that is missing or damaged."""
     if not directory.is_dir():
         raise FileError(f"{directory}: no such folder of GenEval images")
-    samples: list[Sample] = []
+    samples: list[PromptedImage] = []
     problems: list[str] = []
     folders = sorted(f for f in directory.iterdir() if f.is_dir() and f.name.isdigit())
     for folder in folders:
@@ -234,7 +234,7 @@ def list_images(directory: Path) -> list[Sample]:
                     opened.verify()
             except Exception as error:  # a damaged file can raise anything
                 problems.append(f"{folder.name}/samples/{image.name}: not a readable image: {error}")
-            samples.append(Sample(image, image.relative_to(directory).as_posix(), prompt))
+            samples.append(PromptedImage(image, image.relative_to(directory).as_posix(), prompt))
     if not folders:
         problems.append("no folder 00000, 00001, …")
     if problems:
@@ -269,7 +269,7 @@ def _read_prompt(path: Path) -> dict[str, Any]:
     return prompt
 
 
-def evaluate_image(sample: Sample, detector: Detector, colors: ColorClassifier, rules: Rules) -> dict[str, Any]:
+def evaluate_image(sample: PromptedImage, detector: Detector, colors: ColorClassifier, rules: Rules) -> dict[str, Any]:
     """A line of the benchmark's results, and the checksum of the image that it is about."""
     data = sample.path.read_bytes()
     try:
@@ -284,7 +284,7 @@ def evaluate_image(sample: Sample, detector: Detector, colors: ColorClassifier, 
 
 
 def evaluate_folder(directory: Path, detector: Detector, colors: ColorClassifier, rules: Rules, results: Path,
-                    progress: Callable[[Sequence[Sample]], Iterable[Sample]] = iter) -> dict[str, Any]:
+                    progress: Callable[[Sequence[PromptedImage]], Iterable[PromptedImage]] = iter) -> dict[str, Any]:
     """Judge every image of a folder, one line of `results` each, and return the score and who judged.
 
     What is recorded already is not judged again, so a run goes on where it was cut off; a line that was cut off is

@@ -4,14 +4,16 @@ Shape legend: B batch, P patch size, G = image_size/P, N = G·G image tokens, K 
 d = D/h. Module names are those of the published checkpoints, so that their state dicts load as they are.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixelgen.config import DenoiserConfig
-from pixelgen.models import hidden_width
+from pixelgen.models import DenoiserNetwork
 from pixelgen.models.layers import (
     Dropout,
     Masks,
@@ -25,20 +27,24 @@ from pixelgen.models.layers import (
     rotate,
 )
 
+if TYPE_CHECKING:
+    from pixelgen.denoisers.jit import JiTConfig
 
-class JiT(nn.Module):
+
+class JiT(DenoiserNetwork):
     """The denoiser of PixelGen-L/16 and -XL/16 (arXiv 2602.02493; architecture of JiT, arXiv 2511.13720)."""
 
+    config: JiTConfig
     pos_embed: Tensor
     rotary_cos: Tensor
     rotary_sin: Tensor
     rotary_context_cos: Tensor
     rotary_context_sin: Tensor
 
-    def __init__(self, config: DenoiserConfig):
+    def __init__(self, config: JiTConfig):
         super().__init__()
         c = self.config = config
-        grid, head = c.image_size // c.patch_size, c.width // c.heads
+        grid, head = c.grid, c.width // c.heads
         self.x_embedder = PatchEmbedder(c.patch_size, c.bottleneck, c.width)
         self.t_embedder = TimestepEmbedder(c.width, max_period=10_000)
         self.y_embedder = LabelEmbedder(c.num_classes, c.width)
@@ -46,8 +52,7 @@ class JiT(nn.Module):
         self.register_buffer("pos_embed", position_table(c.width, grid)[None])
         middle = range(c.depth // 4, c.depth // 4 * 3)
         self.dropout = [c.dropout if i in middle else 0.0 for i in range(c.depth)]
-        self.hidden = hidden_width(c)
-        self.blocks = nn.ModuleList(Block(c.width, self.hidden, c.heads, p) for p in self.dropout)
+        self.blocks = nn.ModuleList(Block(c.width, c.hidden_width, c.heads, p) for p in self.dropout)
         self.final_layer = Head(c.width, c.patch_size)
 
         y, x = rotary_angles(head, torch.arange(grid), torch.arange(grid))
@@ -59,13 +64,7 @@ class JiT(nn.Module):
         self.reset_parameters()
 
     @property
-    def null_label(self) -> int:
-        """The label that stands for 'no class'; training drops labels to it, guidance starts from it."""
-        return self.config.num_classes
-
-    @property
     def output_weight(self) -> Tensor:
-        """The last linear layer's weight, at which the loss terms' gradients are balanced."""
         return self.final_layer.linear.weight
 
     def reset_parameters(self) -> None:
@@ -86,7 +85,6 @@ class JiT(nn.Module):
             nn.init.zeros_(p)
 
     def draw_dropout(self, count: int) -> list[Masks]:
-        """Masks of every block for `count` samples, from the default generator."""
         c, device = self.config, self.pos_embed.device
         image = self.pos_embed.shape[1]
 
@@ -96,15 +94,11 @@ class JiT(nn.Module):
             tokens = image + c.in_context_len * (i >= c.in_context_start)
             return torch.empty(count, tokens, width, dtype=torch.bool, device=device).bernoulli_(1 - p)
 
-        return [(mask(i, p, c.width), mask(i, p, self.hidden)) for i, p in enumerate(self.dropout)]
+        return [(mask(i, p, c.width), mask(i, p, c.hidden_width)) for i, p in enumerate(self.dropout)]
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, feature_block: int | None = None,
                 dropout: Sequence[Masks] = ()) -> tuple[Tensor, Tensor | None]:
-        """Noisy images (B, 3, H, W), times (B,), labels (B,) -> clean images (B, 3, H, W) and features.
-
-        The features are the image tokens (B, N, D) that enter block `feature_block`, or None. `dropout`: what
-        `draw_dropout` gave; empty: no dropout.
-        """
+        """See the base; `y`: labels (B,)."""
         c = self.config
         tokens = self.x_embedder(x_t) + self.pos_embed
         y_emb = self.y_embedder(y)

@@ -4,14 +4,16 @@ Shape legend: B batch, P patch size, G = image_size/P, N = G·G image tokens, L 
 h heads, d = D/h. Module names are those of the published checkpoints, so that their state dicts load as they are.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixelgen.config import TextDenoiserConfig
-from pixelgen.models import hidden_width
+from pixelgen.models import DenoiserNetwork
 from pixelgen.models.layers import (
     Masks,
     RMSNorm,
@@ -24,27 +26,31 @@ from pixelgen.models.layers import (
     rotate,
 )
 
+if TYPE_CHECKING:
+    from pixelgen.denoisers.jit_t2i import JiTTextConfig
 
-class JiTText(nn.Module):
+
+class JiTText(DenoiserNetwork):
     """The denoiser of PixelGen-XXL/16 (arXiv 2602.02493)."""
 
+    config: JiTTextConfig
     pos_embed: Tensor
     rotary_cos: Tensor
     rotary_sin: Tensor
 
-    def __init__(self, config: TextDenoiserConfig):
+    def __init__(self, config: JiTTextConfig):
         super().__init__()
         c = self.config = config
-        grid = c.image_size // c.patch_size
+        grid = c.grid
         self.x_embedder = PatchEmbedder(c.patch_size, c.bottleneck, c.width)
         self.t_embedder = TimestepEmbedder(c.width, max_period=10)
         self.y_embedder = TextEmbedder(c.text_width, c.width)
         self.y_pos_embedding = nn.Parameter(torch.empty(1, c.text_length, c.width))
         self.register_buffer("pos_embed", position_table(c.width, grid)[None])
         self.text_refine_blocks = nn.ModuleList(
-            Block(c.width, hidden_width(c), TextAttention(c.width, c.heads)) for _ in range(c.text_depth))
+            Block(c.width, c.hidden_width, TextAttention(c.width, c.heads)) for _ in range(c.text_depth))
         self.blocks = nn.ModuleList(
-            Block(c.width, hidden_width(c), JointAttention(c.width, c.heads)) for _ in range(c.depth))
+            Block(c.width, c.hidden_width, JointAttention(c.width, c.heads)) for _ in range(c.depth))
         self.final_layer = Head(c.width, c.patch_size)
 
         # Positions run from 0 to G inclusive, as the published weights were trained; x and y alternate.
@@ -57,7 +63,6 @@ class JiTText(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """The last linear layer's weight, at which the loss terms' gradients are balanced."""
         return self.final_layer.linear.weight
 
     def reset_parameters(self) -> None:
@@ -75,16 +80,9 @@ class JiTText(nn.Module):
         for p in nn.ModuleList([*starts_at_zero, self.final_layer.linear]).parameters():
             nn.init.zeros_(p)
 
-    def draw_dropout(self, count: int) -> list[Masks]:
-        """None: this denoiser has no dropout."""
-        return []
-
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, feature_block: int | None = None,
                 dropout: Sequence[Masks] = ()) -> tuple[Tensor, Tensor | None]:
-        """Noisy images (B, 3, H, W), times (B,), text features (B, L, C) -> clean images (B, 3, H, W) and features.
-
-        The features are the image tokens (B, N, D) that enter block `feature_block`, or None. `dropout` is empty.
-        """
+        """See the base; `y`: text features (B, L, C); `dropout` is empty."""
         condition = F.silu(self.t_embedder(t))
         text = self.y_embedder(y) + self.y_pos_embedding
         for block in self.text_refine_blocks:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from pixelgen import PixelGen
-from pixelgen.config import SamplerConfig
+from pixelgen.samplers.euler import Euler
 from tests.e2e import workspace as at
 from tests.s3.server import Bucket
 
@@ -26,17 +26,17 @@ def tiny(bucket):
     """The class-conditional half of the demo, at sizes of seconds, kept under a root on S3."""
     def change(params):
         params["storage"] = {"root": f"{bucket.url}/store"}
-        params["weights"]["networks"] = ["digits"]
-        params["train"]["c2i"]["objective"] |= {"repa_weight": 0, "lpips_weight": 0, "pdino_weight": 0, "gated": []}
+        params["networks"] = {"digits": {"demo_digits": {}}}
+        params["train"]["c2i"]["objective"] |= {"repa": {"weight": 0}, "lpips": {"weight": 0}, "pdino": {"weight": 0}}
         for section, kept in (("datasets", "digits"), ("train", "c2i"), ("sample", "c2i"), ("evaluate", "fid")):
             for key in [*params[section]]:
                 if key != kept:
                     del params[section][key]
         params["train"]["c2i"]["fit"] |= {"steps": 12, "batch_size": 16}
         params["train"]["c2i"]["run"] |= {"checkpoint_every": 2, "log_every": 2, "grid_every": 6}
-        params["train"]["c2i"]["run"]["grid_sampler"]["steps"] = 1
+        params["train"]["c2i"]["run"]["grid_sampler"]["euler"]["steps"] = 1
         params["sample"]["c2i"] |= {"per_prompt": 2, "part_size": 7}
-        params["sample"]["c2i"]["sampler"] |= {"name": "euler", "steps": 2}
+        params["sample"]["c2i"]["sampler"] = {"euler": {"steps": 2, "guidance": 2.5, "interval": [0.1, 1.0]}}
     return change
 
 
@@ -81,7 +81,7 @@ def names(bucket, prefix):
 
 def test_the_workflow_leaves_manifests_here_and_the_rest_on_s3(workspace, bucket):
     at.dvc(workspace, "repro")
-    for out in ("weights", "shard/digits", "reference/digits", "train/c2i/model", "sample/c2i"):
+    for out in ("networks", "shard/digits", "reference/digits", "train/c2i/model", "sample/c2i"):
         assert sorted(p.name for p in (workspace / "out" / out).iterdir()) == ["identity", "manifest.json"]
     assert (workspace / "out/train/c2i/curve.csv").read_text().count("\n") == 7
     assert len([*(workspace / "out/train/c2i/grids").iterdir()]) == 2
@@ -115,7 +115,7 @@ def test_another_machine_goes_on_where_a_killed_one_was(workspace, bucket):
         bucket.client().delete_object(Bucket=bucket.name, Key=key)
     shutil.rmtree(workspace / "runs")
     manifest.unlink()
-    process = subprocess.Popen([sys.executable, "-m", "pipeline.stages.train", "c2i"], cwd=workspace,
+    process = subprocess.Popen([sys.executable, "-m", "pipeline", "train", "c2i"], cwd=workspace,
                                env=at.environment(workspace), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 300
@@ -128,7 +128,7 @@ def test_another_machine_goes_on_where_a_killed_one_was(workspace, bucket):
     (workspace / "runs").rename(workspace / "lost")  # its ranks may live on for a moment, on that machine
     found = [name for name in names(bucket, "store/runs/train") if name.endswith(".pt")]
     assert found and not any("00000012" in name for name in found), "killed too late to show anything"
-    python(workspace, "pipeline.stages.train", "c2i")
+    python(workspace, "pipeline", "train", "c2i")
     assert json.loads(manifest.read_text())["files"] == undisturbed
     assert at.unmeasured((workspace / "out/train/c2i/curve.csv").read_text()) == at.unmeasured(curve)
 
@@ -141,13 +141,14 @@ def test_a_clone_pulls_everything_and_has_nothing_to_run(workspace, bucket, tmp_
     at.dvc(clone, "pull")
     assert "Data and pipelines are up to date." in at.dvc(clone, "repro")
     model = python(clone, "pipeline.fetch", str(MODEL), "--to", "model").split()[-1]
-    drawn = PixelGen.from_pretrained(clone / model).generate([3, 7], [0, 1], SamplerConfig("euler", steps=2))
+    drawn = PixelGen.from_pretrained(clone / model).generate([3, 7], [0, 1], Euler(2))
     assert drawn.shape == (2, 32, 32, 3) and drawn.dtype == np.uint8
     assert "0 missing or changed" in python(clone, "pipeline.verify")
 
 
 def test_an_experiment_is_a_version_to_compare_with(workspace):
-    at.dvc(workspace, "exp", "run", "-S", "sample.c2i.sampler.guidance=1.0")
+    at.dvc(workspace, "exp", "run", "-S", "sample.c2i.sampler.euler.guidance=1.0")
     changes = json.loads(at.dvc(workspace, "metrics", "diff", "--json"))
-    assert "fd_digits" in changes["metrics/fid.json"] and changes["metrics/fid.json"]["sampler.guidance"]["new"] == 1.0
+    figures = changes["metrics/fid.json"]
+    assert "fd_digits" in figures and figures["sampler.euler.guidance"]["new"] == 1.0
     assert "train@c2i" not in at.dvc(workspace, "status")

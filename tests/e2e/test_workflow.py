@@ -32,19 +32,19 @@ def tiny(params):
     c2i = params["train"]["c2i"]
     c2i["fit"] |= {"steps": 30, "batch_size": 16}
     c2i["run"] |= {"checkpoint_every": 5, "log_every": 2, "grid_every": 15}
-    c2i["run"]["grid_sampler"]["steps"] = 2
+    c2i["run"]["grid_sampler"]["euler"]["steps"] = 2
     params["sample"]["c2i"] |= {"per_prompt": 4, "part_size": 7}
-    params["sample"]["c2i"]["sampler"] |= {"name": "euler", "steps": 3}
+    params["sample"]["c2i"]["sampler"] = {"euler": {"steps": 3, "guidance": 2.5, "interval": [0.1, 1.0]}}
     for name, count in (("scenes-pretrain", 90), ("scenes-sft", 40)):
-        params["datasets"][name]["sources"]["scenes"]["count"] = count
+        params["datasets"][name]["sources"]["scenes"]["scenes"]["count"] = count
         params["datasets"][name]["rows_per_shard"] = 30
     for stage in ("t2i-256", "t2i-512", "sft"):
         params["train"][stage]["fit"] |= {"steps": 4, "batch_size": 8}
         params["train"][stage]["run"] |= {"checkpoint_every": 2, "log_every": 2, "grid_every": 4}
-        params["train"][stage]["run"]["grid_sampler"]["steps"] = 2
+        params["train"][stage]["run"]["grid_sampler"]["euler"]["steps"] = 2
     params["sample"]["geneval"] |= {"per_prompt": 2, "part_size": 30}
-    params["sample"]["geneval"]["sampler"]["steps"] = 2
-    params["evaluate"]["geneval"]["batch_size"] = 30
+    params["sample"]["geneval"]["sampler"]["adams_bashforth"]["steps"] = 2
+    params["evaluate"]["geneval"]["metric"]["demo_geneval"]["batch_size"] = 30
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +75,11 @@ def changed(workspace):
 
 def test_a_mistake_in_params_stops_before_any_work(workspace):
     good = (workspace / "params.yaml").read_text()
-    edit(workspace, lambda p: p["train"]["c2i"]["objective"].insert(0, "lpips_wieght", 0.1))
+    edit(workspace, lambda p: p["train"]["c2i"]["objective"]["lpips"].update(wieght=0.1))
     printed = dvc(workspace, "repro", check=False)
-    assert "train.c2i.objective: key: 'lpips_wieght' is not known (did you mean 'lpips_weight'?)" in printed
-    assert "Running stage 'weights'" not in printed
-    assert not (workspace / "out/weights").exists()
+    assert "train.c2i.objective.lpips: key: 'wieght' is not known (did you mean 'weight'?)" in printed
+    assert "Running stage 'networks'" not in printed
+    assert not (workspace / "out/networks").exists()
     (workspace / "params.yaml").write_text(good)
 
 
@@ -156,10 +156,10 @@ def test_nothing_runs_again(workspace):
 
 
 @pytest.mark.parametrize(("change", "rerun"), [
-    (lambda p: p["sample"]["c2i"]["sampler"].update(guidance=3.0), {"sample@c2i", "evaluate@fid", "report"}),
-    (lambda p: p["train"]["c2i"]["objective"].update(lpips_weight=0.2),
+    (lambda p: p["sample"]["c2i"]["sampler"]["euler"].update(guidance=3.0), {"sample@c2i", "evaluate@fid", "report"}),
+    (lambda p: p["train"]["c2i"]["objective"]["lpips"].update(weight=0.2),
      {"train@c2i", "sample@c2i", "evaluate@fid", "report"}),
-    (lambda p: p["evaluate"]["fid"].update(batch_size=99), {"evaluate@fid", "report"}),
+    (lambda p: p["evaluate"]["fid"]["metric"]["adm"].update(batch_size=99), {"evaluate@fid", "report"}),
     (lambda p: p["train"]["sft"]["optimizer"].update(lr=1e-5), {"train@sft", *JUDGED}),
     (lambda p: p["train"]["t2i-512"]["optimizer"].update(lr=1e-5), {"train@t2i-512", "train@sft", *JUDGED}),
 ])
@@ -204,19 +204,27 @@ def test_what_means_the_same_reruns_nothing(workspace):
 
 def test_what_is_recorded_of_a_run_makes_nothing_anew(workspace):
     """It is shown in the report, as are the settings of a training that last."""
-    with edited(workspace, ("pixelgen/config.py", "keep_checkpoints: int = 3", "keep_checkpoints: int = 4"),
+    with edited(workspace, ("pixelgen/recipe.py", "keep_checkpoints: int = 3", "keep_checkpoints: int = 4"),
                 ("params.yaml", lambda p: p["train"]["c2i"]["run"].update(log_every=3, grid_every=None))):
         assert changed(workspace) == {"report"}
 
 
 @pytest.mark.parametrize(("change", "rerun"), [
     (("pixelgen/losses.py", "\nimport torch", "\nEDITED = True\nimport torch"), {*TRAINED, *DRAWN}),
-    (("pixelgen/samplers.py", "\nimport torch", "\nEDITED = True\nimport torch"), {*DRAWN}),
+    (("pixelgen/sampling.py", "\nimport torch", "\nEDITED = True\nimport torch"), {*DRAWN}),
+    (("pixelgen/samplers/euler.py", "\nfrom dataclasses", "\nEDITED = True\nfrom dataclasses"),
+     {"sample@c2i", "evaluate@fid", "report"}),
     (("pixelgen/prompts.py", "\nimport json", "\nEDITED = True\nimport json"), {"prompts@geneval", *DRAWN}),
+    (("pipeline/demo/scenes.py", "\nimport functools", "\nEDITED = True\nimport functools"),
+     {"networks", "reference@digits", "prompts@geneval", "shard@scenes-pretrain", "shard@scenes-sft", *TRAINED,
+      *DRAWN}),
+    (("pipeline/datasets/image_folder.py", "\nfrom dataclasses", "\nEDITED = True\nfrom dataclasses"), set()),
+    (("pixelgen/samplers/__init__.py", '"heun": "', '"more": "pixelgen.samplers.more:More", "heun": "'), set()),
     (("pixelgen/data/captions.py", '("A photo of "', '("A view of "'),
-     {"weights", "reference@digits", *TRAINED, *DRAWN}),
+     {"networks", "reference@digits", *TRAINED, *DRAWN}),
     (("pixelgen/config.py", "weight_decay: float = 0.0", "weight_decay: float = 0.1"), {*TRAINED, *DRAWN}),
-], ids=["a loss", "a sampler", "prompts", "prefixes of prompts", "a default"])
+], ids=["a loss", "sampling", "a sampler", "prompts", "scenes", "a source not used", "a new sampler",
+        "prefixes of prompts", "a default"])
 def test_an_edit_reruns_what_means_something_else_now(workspace, change, rerun):
     with edited(workspace, change):
         assert changed(workspace) == rerun
@@ -316,10 +324,9 @@ def test_one_worker_gives_the_bits_of_two(workspace, patch):
     program = f"""import sys
 from pipeline import cluster
 {patch}
-from pipeline.stages import sample, train
-for stage in (train, sample):
-    sys.argv = [stage.__name__, "c2i"]
-    stage.main()
+from pipeline import stage
+for name in ("train", "sample"):
+    stage.run(name, "c2i")
 assert ("ray" in sys.modules) == {bool(patch)}"""
     subprocess.run([sys.executable, "-c", program], cwd=workspace, check=True,
                    env=environment(workspace) | {"PIXELGEN_CLUSTER": "one"})
@@ -329,7 +336,7 @@ assert ("ray" in sys.modules) == {bool(patch)}"""
 def test_a_lost_model_file_is_not_passed_over(workspace):
     """A damaged artifact stops the stage that would read it."""
     (workspace / "out/sample/c2i/labels.npy").write_bytes(b"damaged")
-    done = subprocess.run([sys.executable, "-m", "pipeline.stages.evaluate", "fid"], cwd=workspace,
+    done = subprocess.run([sys.executable, "-m", "pipeline", "evaluate", "fid"], cwd=workspace,
                           env=environment(workspace), text=True, capture_output=True)
     assert done.returncode != 0 and "labels.npy is not the file that the manifest describes" in done.stderr
 
@@ -357,8 +364,8 @@ def test_experiments_of_the_queue_do_not_disturb_each_other(workspace):
     for number in range(12):
         (workspace / f"data/pictures/{number % 2}").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 32), (number, 0, 0)).save(workspace / f"data/pictures/{number % 2}/{number}.png")
-    pictures = "++datasets.pictures={sources: {p: {format: image_folder, path: data/pictures}}, image_sizes: [32]}"
-    ablations = {"perceptual": ["shard@pictures", "-S", "train.c2i.objective.lpips_weight=0.2", "-S", pictures],
+    pictures = "++datasets.pictures={sources: {p: {image_folder: {path: data/pictures}}}, image_sizes: [32]}"
+    ablations = {"perceptual": ["shard@pictures", "-S", "train.c2i.objective.lpips.weight=0.2", "-S", pictures],
                  "decay": ["-S", "++train.c2i.optimizer.weight_decay=0.1"]}
     before = {*(workspace / "runs/train").iterdir()}
     for name, arguments in ablations.items():
@@ -379,12 +386,12 @@ def test_experiments_of_the_queue_do_not_disturb_each_other(workspace):
     made = {*(workspace / "runs/train").iterdir()} - before
     assert len(made) == 2 and not [*(workspace / ".dvc/tmp/exps").glob("*/runs")]
     ends = {digest(run / "checkpoints/step-00000030.pt") for run in made}
-    for change in (lambda p: p["train"]["c2i"]["objective"].update(lpips_weight=0.2),
+    for change in (lambda p: p["train"]["c2i"]["objective"]["lpips"].update(weight=0.2),
                    lambda p: p["train"]["c2i"]["optimizer"].update(weight_decay=0.1)):
         with edited(workspace, ("params.yaml", change)):
             ends.remove(digest(alone_in(workspace, "apart") / "checkpoints/step-00000030.pt"))
         shutil.rmtree(workspace / "apart")
     shown = json.loads(dvc(workspace, "params", "diff", "--json", "decay", "perceptual"))["out/params.json"]
     assert {name: (v["old"], v["new"]) for name, v in shown.items()} == {
-        "train.c2i.objective.lpips_weight": (0.1, 0.2), "train.c2i.optimizer.weight_decay": (0.1, 0.0)} | {
+        "train.c2i.objective.lpips.weight": (0.1, 0.2), "train.c2i.optimizer.weight_decay": (0.1, 0.0)} | {
         name: (v["old"], v["new"]) for name, v in shown.items() if name.startswith("datasets.pictures.")}

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from pipeline.datasets import scenes
+from pipeline.demo import scenes
 from pipeline.params import read_params
 from pipeline.storage import Storage, fresh_directory
 from pixelgen.metrics.geneval import TAGS
@@ -21,7 +21,7 @@ PARTS = 29  # one for each prompt
 def judged(params):
     """The demo's parameters, with few images in a part, and no figures but those of the samples."""
     params["sample"]["geneval"]["per_prompt"] = PER_PROMPT
-    params["evaluate"]["geneval"] |= {"batch_size": PER_PROMPT, "baselines": False}
+    params["evaluate"]["geneval"]["metric"]["demo_geneval"] = {"batch_size": PER_PROMPT, "baselines": False}
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +29,12 @@ def geneval(workspace, tmp_path_factory):
     """A workspace whose samples are rendered, half of them from another prompt, and have been judged once."""
     folder = tmp_path_factory.mktemp("geneval")
     geneval = Workspace(build_empty(folder / "work", judged), folder / "kept", {"evaluate": ["geneval"]})
-    shutil.copytree(workspace.kept / "out/weights", geneval.path / "out/weights")
+    shutil.copytree(workspace.kept / "out/networks", geneval.path / "out/networks")
     out, random = fresh_directory(geneval.path / "out/sample/geneval"), np.random.default_rng(0)
     prompts = [p for tag in TAGS for p in scenes.held_out(tag)[:12]]
     (out / "images").mkdir()
     for number, (prompt, other) in enumerate(zip(prompts, prompts[1:] + prompts[:1], strict=True)):
-        images = [scenes.render(scenes.draw(p, random), 64, random) for p in [prompt, other] * (PER_PROMPT // 2)]
+        images = [scenes.render(scenes.place(p, random), 64, random) for p in [prompt, other] * (PER_PROMPT // 2)]
         write_images("geneval", out / "images", Prompt(f"{number:05}", prompt["prompt"], prompt),
                      np.stack([np.asarray(image) for image in images]))
     params = read_params(geneval.path / "params.yaml").sample["geneval"]

@@ -31,10 +31,10 @@ def remote(workspace, s3, faults, tmp_path):
     edit(remote.path, change)
     resolve(remote.path)
     store.client.cache_clear()
-    shutil.copytree(workspace.kept / "out/weights", remote.out("weights"))
-    manifest = read_manifest(remote.out("weights"), None)
+    shutil.copytree(workspace.kept / "out/networks", remote.out("networks"))
+    manifest = read_manifest(remote.out("networks"), None)
     facts = {name: value for name, value in manifest.items() if name not in TOLD_ELSEWHERE}
-    Storage(root).publish(remote.out("weights"), manifest["kind"], manifest["config"], **facts)
+    Storage(root).publish(remote.out("networks"), manifest["kind"], manifest["config"], **facts)
     yield remote
     store.client.cache_clear()
 

@@ -4,10 +4,10 @@ from tests.faults.table import fault
 from tests.faults.workspace import flip
 
 
-@fault("kill -9 of the stage", "weights, reference, evaluate", "started again, it begins anew")
+@fault("kill -9 of the stage", "networks, reference, evaluate", "started again, it begins anew")
 def test_kill(workspace, identical):
     files = 0
-    for stage in ("weights", "reference", "evaluate"):
+    for stage in ("networks", "reference", "evaluate"):
         workspace.forget(stage)
         with workspace.started(workspace.call(stage)) as process:
             process.until(workspace.out(stage).exists)
@@ -21,7 +21,7 @@ def test_kill(workspace, identical):
 DAMAGED = [  # made by, name, read by
     ("shard", "digits-train-32-00003-0000.parquet", "reference"),
     ("shard", "manifest.json", "reference"),
-    ("weights", "digits/model.safetensors", "evaluate"),
+    ("networks", "digits/model.safetensors", "evaluate"),
     ("sample", "samples.npz", "evaluate"),
     ("train", "model/ema.safetensors", "sample"),
 ]

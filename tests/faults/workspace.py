@@ -1,6 +1,6 @@
 """One small workspace in which every stage has run undisturbed, and ways to disturb a stage and compare what it makes.
 
-Only the branch of digits: weights, shard, reference, train, sample, evaluate.
+Only the branch of digits: networks, shard, reference, train, sample, evaluate.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import psutil
 
 from tests.e2e.workspace import digest, environment, make, resolve, unmeasured
 
-STAGES = {"weights": [], "shard": ["digits"], "reference": ["digits"], "train": ["c2i"], "sample": ["c2i"],
+STAGES = {"networks": [], "shard": ["digits"], "reference": ["digits"], "train": ["c2i"], "sample": ["c2i"],
           "evaluate": ["fid"]}  # with what they are called on, in the order of the workflow
 UNFILLED = "the disk could not be made full: mounting a file system is not permitted here"
 PATIENCE = 400  # seconds that a busy machine may take for anything
@@ -28,13 +28,13 @@ PATIENCE = 400  # seconds that a busy machine may take for anything
 def tiny(params):
     for section in ("datasets", "train", "prompts", "sample", "evaluate"):
         params[section] = {k: v for k, v in params[section].items() if k in ("digits", "c2i", "fid")}
-    params["weights"]["networks"] = ["dino", "lpips", "digits"]
+    del params["networks"]["text"]
     c2i = params["train"]["c2i"]
     c2i["fit"] |= {"steps": 48, "batch_size": 16}
     c2i["run"] |= {"checkpoint_every": 3, "keep_every": 3, "log_every": 2, "grid_every": 24}  # each can be compared
-    c2i["run"]["grid_sampler"]["steps"] = 2
+    c2i["run"]["grid_sampler"]["euler"]["steps"] = 2
     params["sample"]["c2i"] |= {"per_prompt": 6, "part_size": 2}
-    params["sample"]["c2i"]["sampler"] |= {"name": "euler", "steps": 3}
+    params["sample"]["c2i"]["sampler"] = {"euler": {"steps": 3, "guidance": 2.5, "interval": [0.1, 1.0]}}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Workspace:
             shutil.copytree(self.kept / path.relative_to(self.path), path)
 
     def call(self, stage):
-        return [sys.executable, "-m", f"pipeline.stages.{stage}", *self.stages[stage]]
+        return [sys.executable, "-m", "pipeline", stage, *self.stages[stage]]
 
     def finish(self, stage):
         """Run a stage to its end -> what it printed."""

@@ -5,7 +5,7 @@ from itertools import chain
 import pytest
 import torch
 
-from pixelgen.config import DenoiserConfig
+from pixelgen.denoisers.jit import JiTConfig
 from pixelgen.models.jit import JiT
 from pixelgen.models.layers import (
     RMSNorm,
@@ -58,7 +58,7 @@ def test_rotary_of_the_text_model(case):
 def test_rotary_of_the_class_model(case):
     """The tables inside a JiT; golden ones repeat each entry for both members of the pair that it rotates."""
     want = tensors(ARRAYS, case["key"] + "_")
-    model = JiT(DenoiserConfig(image_size=case["grid"], patch_size=1, width=case["head_dim"], depth=1, heads=1,
+    model = JiT(JiTConfig(image_size=case["grid"], patch_size=1, width=case["head_dim"], depth=1, heads=1,
                                bottleneck=None, in_context_start=0, in_context_len=case["num_cls_token"], dropout=0.0,
                                num_classes=1))
     tables = [(model.rotary_context_cos, model.rotary_context_sin)]

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from pixelgen import path
-from pixelgen.config import FitConfig, ObjectiveConfig, OptimizerConfig
+from pixelgen.config import FitConfig, OptimizerConfig
 from pixelgen.ema import ema_copy
 from pixelgen.losses import balance_weight
 from pixelgen.objective import Draws, Losses, Objective, repa_projector
+from pixelgen.terms import LpipsConfig, ObjectiveConfig, PDinoConfig, RepaConfig
 from pixelgen.train import LaneBatch, TrainState, train_step
 from tests.parity.conftest import (
     assert_close,
@@ -113,11 +114,12 @@ def run(case, gated, monkeypatch):
     a, s, r = tensors(ARRAYS, case["key"] + "_"), case["settings"], case["result"]
     monkeypatch.setattr(path, "FLOOR", s["t_eps"])
     weights = {name: s[f"{key}_weight"] * s["percept_ratio"] for name, key in (("lpips", "lpips"), ("pdino", "dino"))}
-    config = ObjectiveConfig(repa_weight=s["feat_loss_weight"], lpips_weight=weights["lpips"], repa_block=0,
-                             pdino_weight=weights["pdino"], gate_threshold=s["percept_t_threshold"], timeshift=1.0,
-                             gated=tuple(name for name in gated if weights[name]), balance_start=None)
-    networks = Recorded(a, config.pdino_block)
-    objective = Objective(config, s["patch_size"], torch.tensor(0), networks, networks.lpips)
+    config = ObjectiveConfig(
+        RepaConfig(s["feat_loss_weight"], block=0), LpipsConfig(weights["lpips"], "lpips" in gated),
+        PDinoConfig(weights["pdino"], "pdino" in gated), gate_threshold=s["percept_t_threshold"], timeshift=1.0,
+        balance_start=None)
+    networks = Recorded(a, config.pdino.block)
+    objective = Objective(config, s["patch_size"], torch.tensor(0), {"dino": networks, "lpips": networks.lpips})
     draws = Draws(a["noise_draw"] * s["noise_scale"], a["t"], torch.zeros(len(a["t"]), dtype=torch.long))
     losses = objective(networks.model, a["x"], draws, r["percept_weight"])
     losses.total[0].backward()
@@ -202,8 +204,6 @@ def test_balance_weight(case):
 class ToyDenoiser(nn.Module):
     """Fixed tokens and a trained last layer, in the shape of a denoiser."""
 
-    null_label = 0
-
     def draw_dropout(self, count):
         return ()
 
@@ -265,9 +265,10 @@ def test_toy_training_steps():
     assert s["t_eps"] == path.FLOOR
     assert len(a["x"]) == TOY["batch"] and a["x"].shape[-1] == TOY["image"]
     assert bool((a["t"] >= s["threshold"]).all()), "the numbers hold for either reading of the gate"
-    config = ObjectiveConfig(repa_weight=s["feat_loss_weight"], lpips_weight=s["lpips_weight"],
-                             pdino_weight=s["dino_weight"], gate_threshold=s["threshold"])
-    objective = FixedDraws(config, 16, torch.tensor(0), ToyDino(a, TOY["patch"]), toy_lpips)
+    config = ObjectiveConfig(RepaConfig(s["feat_loss_weight"]), LpipsConfig(s["lpips_weight"]),
+                             PDinoConfig(s["dino_weight"]), gate_threshold=s["threshold"])
+    networks = {"dino": ToyDino(a, TOY["patch"]), "lpips": toy_lpips}
+    objective = FixedDraws(config, 16, torch.tensor(0), networks)
     objective.draws = Draws(a["noise"], a["t"], torch.zeros(TOY["batch"], dtype=torch.long))
     model = ToyModel(ToyDenoiser(a, TOY["patch"]), a)
     state = TrainState(model, ema_copy(model.denoiser), torch.optim.SGD(model.parameters(), lr=0.0, fused=True))

@@ -8,7 +8,7 @@ import torch
 
 from pixelgen.checkpoint import CheckpointError, load_denoiser, read_published
 from pixelgen.cli import main
-from pixelgen.config import DenoiserConfig
+from pixelgen.denoisers.jit import JiTConfig
 from pixelgen.models.jit import JiT
 from tests.parity.conftest import assert_close, models_of, read_arrays, tensors
 
@@ -22,10 +22,10 @@ def test_cases_were_found():
     assert CASES
 
 
-def denoiser_config(case) -> DenoiserConfig:
+def denoiser_config(case) -> JiTConfig:
     c = case["constructor"]
     assert c["in_channels"] == 3, "the published denoisers have no other"
-    return DenoiserConfig(
+    return JiTConfig(
         image_size=c["input_size"], patch_size=c["patch_size"], width=c["hidden_size"], depth=c["depth"],
         heads=c["num_heads"], bottleneck=c["bottleneck_dim"] if c["use_bottleneck"] else None,
         in_context_start=c["in_context_start"], in_context_len=c["in_context_len"], dropout=c["proj_drop"],
@@ -64,7 +64,7 @@ def test_outputs_and_features(case):
         out, tokens = predict(model, io, block)
         assert_close(out, io["out"], ATOL)
         assert_close(tokens, io[name], ATOL)
-    assert io["y"].max() == model.null_label, "the cases include the null label"
+    assert io["y"].max() == model.config.num_classes, "the cases include the null label"
 
 
 def test_embeddings(case):

@@ -3,16 +3,11 @@
 import numpy as np
 import torch
 
-from pixelgen.config import SamplerConfig
-from pixelgen.samplers import (
-    adams_bashforth,
-    adams_weights,
-    euler,
-    guided_velocity,
-    heun,
-    sample,
-    sampling_times,
-)
+from pixelgen.samplers import Sampler
+from pixelgen.samplers.adams_bashforth import AdamsBashforth, adams_weights
+from pixelgen.samplers.euler import Euler
+from pixelgen.samplers.heun import Heun
+from pixelgen.sampling import guided_velocity, sample, sampling_times
 from tests.parity.conftest import (
     assert_close,
     each,
@@ -50,6 +45,10 @@ class Denoiser:
         return torch.tanh(c["x"] * x + c["t"] * t + c["c"] * condition)
 
 
+class Inexact(Heun):
+    exact = False
+
+
 def x_tolerance(case) -> float:
     """The reference's float32 table of Adams coefficients costs it accuracy at orders 3 and 4."""
     return 2e-4 if case.get("order", 0) > 2 else 1e-5
@@ -68,12 +67,9 @@ def test_sampler(case):
         xs.append(x)
         vs.append(slope)
 
-    if case["sampler"] == "euler":
-        x = euler(v, shared["noise"], times, callback)
-    elif case["sampler"] == "heun":
-        x = heun(v, shared["noise"], times, callback, exact=case["exact_henu"])
-    else:
-        x = adams_bashforth(v, shared["noise"], times, callback, case["order"])
+    heun = Heun() if case.get("exact_henu", True) else Inexact()
+    sampler = {"euler": Euler(), "heun": heun, "adam": AdamsBashforth(order=case.get("order", 2))}[case["sampler"]]
+    x = sampler.integrate(v, shared["noise"], times, callback)
 
     atol = x_tolerance(case)
     assert_close(times, want["timesteps"], 1e-6)
@@ -100,12 +96,13 @@ def expected_rows(case, times: np.ndarray, batch: int) -> list[int]:
 
 @each([c for c in CASES if c.get("last_step") is None and c.get("exact_henu", True)])
 def test_sample_takes_the_same_way(case):
-    """The settings as a `SamplerConfig` reach the same images through `sample`."""
+    """The settings as options reach the same images through `sample`."""
     shared = tensors(ARRAYS)
-    name = {"adam": "adams_bashforth"}.get(case["sampler"], case["sampler"])
-    config = SamplerConfig(name, case["num_steps"], case["guidance"], (case["gmin"], case["gmax"]), case["timeshift"],
-                           case.get("order"))
-    x = sample(Denoiser(), shared["noise"], shared["cond"], shared["uncond"], config)
+    kind = {"adam": "adams_bashforth"}.get(case["sampler"], case["sampler"])
+    options = {"order": case["order"]} if kind == "adams_bashforth" else {}
+    sampler = Sampler.of(kind)(case["num_steps"], case["guidance"], (case["gmin"], case["gmax"]), case["timeshift"],
+                               **options)
+    x = sample(Denoiser(), shared["noise"], shared["cond"], shared["uncond"], sampler)
     assert_close(x, ARRAYS[case["key"] + "_x"], x_tolerance(case))
 
 

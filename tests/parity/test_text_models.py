@@ -8,7 +8,7 @@ import torch
 
 from pixelgen.checkpoint import load_denoiser
 from pixelgen.cli import main
-from pixelgen.config import TextDenoiserConfig
+from pixelgen.denoisers.jit_t2i import JiTTextConfig
 from pixelgen.models.jit_t2i import JiTText
 from tests.parity.conftest import assert_close, golden_dir, read_arrays, tensors
 
@@ -35,9 +35,9 @@ def case(request):
     return request.param
 
 
-def config_of(c) -> TextDenoiserConfig:
+def config_of(c) -> JiTTextConfig:
     assert c["in_channels"] == 3
-    return TextDenoiserConfig(
+    return JiTTextConfig(
         image_size=c["input_size"], patch_size=c["patch_size"], width=c["hidden_size"], depth=c["num_blocks"],
         text_depth=c["num_text_blocks"], heads=c["num_groups"], bottleneck=c["bottleneck_dim"],
         text_width=c["txt_embed_dim"], text_length=c["txt_max_length"])

@@ -1,14 +1,14 @@
 """The shard stage without Ray."""
 
-import dataclasses
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pipeline.datasets.work import read_report, write_job
-from pipeline.params import DatasetParams, StorageParams
+from pipeline.stage import Stage
 from pipeline.stages import shard
+from pipeline.storage import Storage
 from pixelgen.manifest import read_manifest
 
 
@@ -18,11 +18,6 @@ def shard_stage(tmp_path, monkeypatch):
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    monkeypatch.setattr(sys, "argv", ["shard", "name"])
-    whole = dataclasses.make_dataclass("P", ["datasets", "storage"])
-    monkeypatch.setattr(shard, "resolved_params", lambda stage: whole(chosen, StorageParams(None)))
-    monkeypatch.setattr(shard, "read_cluster", lambda: None)
-    chosen: dict[str, DatasetParams] = {}
     written: list[str] = []
     stop_after: list[int] = []
 
@@ -38,10 +33,9 @@ def shard_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(shard, "write_missing", one_by_one)
 
     def run(params, stop=None):
-        chosen["name"] = params
         written.clear()
         stop_after[:] = [] if stop is None else [stop]
-        shard.main()
+        shard.run(Stage("shard", "name", SimpleNamespace(datasets={"name": params}), None, Storage(None)))
         return read_manifest(Path("out/shard/name"), "dataset")
 
     run.written = written

@@ -10,27 +10,40 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.params import DatasetParams, SourceParams
+from pipeline.datasets import DatasetParams, Item, Sample, Source, Task
+from pipeline.datasets.image_folder import ImageFolder
 from pipeline.storage import Storage
 
 SIZE = 32  # of the shards
 
 
-def params_of(source: SourceParams, **changes) -> DatasetParams:
-    """A dataset of one source, named as its format."""
-    values = {"sources": {source.format: source}, "image_sizes": (SIZE,), "crop": "adm", "encoding": "png",
+def params_of(source: Source, **changes) -> DatasetParams:
+    """A dataset of one source, named as its kind."""
+    values = {"sources": {source.kind: source}, "image_sizes": (SIZE,), "crop": "adm", "encoding": "png",
               "rows_per_shard": 4, "heldout": 0.0, "max_quarantined": 0.0, "max_megapixels": 4.0, "seed": 0}
     return DatasetParams(**values | changes)
 
 
 def folder_params(path: Path, **changes) -> DatasetParams:
-    return params_of(SourceParams("image_folder", str(path), None, None), **changes)
+    return params_of(ImageFolder(str(path)), **changes)
 
 
-def only(data: DatasetParams) -> tuple[DatasetParams, SourceParams]:
-    """What the functions of a source are called with: the dataset, and its one source."""
+def only(data: DatasetParams) -> Source:
+    """The one source of a dataset."""
     (source,) = data.sources.values()
-    return data, source
+    return source
+
+
+def listing(data: DatasetParams) -> tuple[list[str] | None, list[Item]]:
+    return only(data).listing(data)
+
+
+def load_item(data: DatasetParams, item: Item) -> Sample:
+    return only(data).load(data, item)
+
+
+def tasks_of(data: DatasetParams) -> list[Task]:
+    return only(data).tasks(data)[1]
 
 
 def make_run(path: Path) -> Path:

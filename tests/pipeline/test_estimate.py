@@ -39,7 +39,7 @@ def test_networks_that_the_demo_has_left_are_not_the_presets(preset, capsys, tmp
     preset("presets/imagenet256-xl.yaml")
     assert main(["estimate", "train.c2i"]) == 0
     before = capsys.readouterr().out
-    (folder := tmp_path / "out/weights/lpips").mkdir(parents=True)
+    (folder := tmp_path / "out/networks/lpips").mkdir(parents=True)
     (folder / "config.json").write_text('{"net": "alex"}')
     assert main(["estimate", "train.c2i"]) == 0 and capsys.readouterr().out == before
 
@@ -68,7 +68,7 @@ def test_what_cannot_be_estimated_is_named(preset, capsys, arguments, says):
 def test_the_demos_networks_have_to_be_there(preset, capsys):
     preset("params.yaml")
     assert main(["estimate"]) == 1
-    assert "run `dvc repro weights` first" in capsys.readouterr().err
+    assert "run `dvc repro networks` first" in capsys.readouterr().err
 
 
 def test_the_module_can_be_run():

@@ -12,12 +12,13 @@ import torch
 from pipeline import params
 from pipeline.params import CODE, NOTHING, RESOLVED, Params, fingerprint, read_params, resolved_params
 from pixelgen.config import ConfigError, load
-from pixelgen.models import build_denoiser
 from pixelgen.recipe import read_yaml
 
 ROOT = Path(__file__).parents[2]
 PRESETS = sorted(ROOT.glob("presets/**/*.yaml"))
 PLAIN = read_yaml(ROOT / "params.yaml")
+CAPTIONED = {"webdataset": {"path": "x", "image": "jpg"}, "parquet": {"path": "x", "image": "image"},
+             "text_folder": {"path": "x"}, "scenes": {"count": 1, "clutter": 0.0}}  # without their captions
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def test_every_preset_loads_and_builds_its_model(path):
     assert whole.train
     for train in whole.train.values():
         with torch.device("meta"):
-            build_denoiser(train.denoiser.resolve())
+            train.denoiser.resolve().build()
         assert train.fit.lanes % 2 == 0
 
 
@@ -44,11 +45,11 @@ def test_the_committed_params_are_the_demo_preset():
 def test_the_presets_hold_the_papers_settings():
     ladder = {name: read_params(ROOT / f"presets/{name}.yaml").train["c2i"]
               for name in ("ablations/repa", "ablations/lpips", "ablations/pdino", "imagenet256-l", "imagenet256-xl")}
-    terms = [(t.objective.lpips_weight, t.objective.pdino_weight, t.objective.gate_threshold) for t in ladder.values()]
+    terms = [(t.objective.lpips.weight, t.objective.pdino.weight, t.objective.gate_threshold) for t in ladder.values()]
     assert terms == [(0, 0, 0), (0.1, 0, 0), (0.1, 0.01, 0), (0.1, 0.01, 0.3), (0.1, 0.01, 0.3)]
     assert [t.fit.steps for t in ladder.values()] == [200_000] * 4 + [400_000]
     assert all(t.fit.batch_size == 256 and t.optimizer.lr == 1e-4 for t in ladder.values())
-    assert all(t.objective.repa_hidden is None for t in ladder.values()), "as wide as the denoiser"
+    assert all(t.objective.repa.hidden is None for t in ladder.values()), "as wide as the denoiser"
 
 
 def test_the_presets_of_xl_are_one_run():
@@ -68,9 +69,9 @@ def test_the_text_preset_holds_the_papers_settings():
     assert np.cumsum([t.fit.steps for t in chain]).tolist() == [200_000, 300_000, 360_000]
     assert all(t.optimizer.clip == 1.0 and t.fit.ema_decay == 0.9999 and t.denoiser.size == "XXL/16" for t in chain)
     assert [t.fit.batch_size // t.fit.lanes for t in chain] == [8, 8, 8]
-    assert all(t.objective.repa_hidden is None for t in chain), "as wide as the denoiser"
+    assert all(t.objective.repa.hidden is None for t in chain), "as wide as the denoiser"
     sampler = whole.sample["geneval"].sampler
-    assert (sampler.name, sampler.order, sampler.steps, sampler.guidance, sampler.timeshift) == (
+    assert (sampler.kind, sampler.order, sampler.steps, sampler.guidance, sampler.timeshift) == (
         "adams_bashforth", 2, 25, 4.0, 3.0)
 
 
@@ -90,68 +91,85 @@ def replaced(data, dotted, value):
     ("train.c2i.fit.steps", "many", "train.c2i.fit.steps: expected int, got 'many'"),
     ("train.c2i.fit.compile", 1, "train.c2i.fit.compile: expected bool, got 1"),
     ("train.c2i.fit.lanes", 3, "batch_size 64 is not a multiple of lanes 3"),
-    ("train.c2i.denoiser.size", "XXL", "denoiser: size: 'XXL' is not known"),
-    ("train.c2i.denoiser.image_size", 64, "denoiser.image_size 64 is none of datasets.digits.image_sizes [32]"),
-    ("train.c2i.denoiser.image_size", 40, "image_size 40 is not a multiple of patch_size 16"),
+    ("train.c2i.denoiser.jit.size", "XXL", "train.c2i.denoiser.jit: size: 'XXL' is not known"),
+    ("train.c2i.denoiser.jit.image_size", 64, "denoiser.image_size 64 is none of datasets.digits.image_sizes [32]"),
+    ("train.c2i.denoiser.jit.image_size", 40, "image_size 40 is not a multiple of patch_size 16"),
     ("train.c2i.dataset", "digit", "train.c2i.dataset: 'digit' is not known (did you mean 'digits'?)"),
-    ("train.c2i.objective.repa_block", 6, "objective.repa_block 6: the denoiser has blocks 0 to 5"),
-    ("train.c2i.objective.lpips_weight", 0, "gated names 'lpips', but lpips_weight is 0"),
-    ("train.c2i.objective.gated", ["fm"], "train.c2i.objective.gated[0]: 'fm' is not known"),
+    ("train.c2i.objective.repa.block", 6, "objective.repa.block 6: the denoiser has blocks 0 to 5"),
+    ("train.c2i.objective.lpips.weight", -1, "train.c2i.objective.lpips: weight -1.0 must not be negative"),
+    ("train.c2i.objective.gated", ["lpips"], "train.c2i.objective: key: 'gated' is not known"),
     ("sample.c2i.model", "c2j", "sample.c2i.model: 'c2j' is not known (did you mean 'c2i'?)"),
-    ("sample.c2i.sampler.interval", [0.9, 0.1], "interval [0.9, 0.1] must satisfy"),
-    ("sample.c2i.sampler.order", 2, "order 2: only adams_bashforth has one"),
+    ("sample.c2i.sampler.heun.interval", [0.9, 0.1], "sample.c2i.sampler.heun: interval [0.9, 0.1] must satisfy"),
+    ("sample.c2i.sampler.heun.order", 2, "sample.c2i.sampler.heun: key: 'order' is not known; valid: guidance"),
     ("evaluate.fid.reference", "imagenet", "evaluate.fid.reference: 'imagenet' is not known"),
-    ("reference.digits.extractor", "inception", "extractor needs the network inception: add it to weights.networks"),
-    ("weights.networks", ["dino", "lpips", "text", "digits", "clip"], "there is no clip with source demo"),
-    ("weights.networks", ["lpips", "text", "digits"], "train.c2i needs the network dino: add it"),
-    ("weights.networks", ["dino", "lpips", "digits"], "train.t2i-256 needs the network text: add it"),
+    ("reference.digits.extractor", "inception",
+     "reference.digits.extractor needs a network for inception: add inception to networks"),
+    ("reference.digits.extractor", "dino", "reference.digits.extractor: demo_dino gives no features to compare"),
+    ("networks.dino", {"clip_vit_l14": {}}, "networks.dino: clip_vit_l14 is for clip: put it there"),
+    ("networks.dino", {"dinov2_b": {}}, "networks.dino: 'dinov2_b' is not known (did you mean 'dinov2_b14'"),
+    ("networks", {"lpips": {"demo_lpips": {}}, "text": {"demo_text": {}}, "digits": {"demo_digits": {}}},
+     "train.c2i needs a network for dino: add dino to networks"),
+    ("networks", {"lpips": {"demo_lpips": {}}, "dino": {"demo_dino": {}}, "digits": {"demo_digits": {}}},
+     "train.t2i-256 needs a network for text: add text to networks"),
     ("train.t2i-512.init", "t2i-25", "train.t2i-512.init: 't2i-25' is not known (did you mean 't2i-256'?)"),
     ("train.t2i-256.init", "sft", "train.t2i-256.init: t2i-256 <- sft <- t2i-512 <- t2i-256 goes round in a circle"),
     ("train.sft.init", "c2i", "train.sft.init: c2i trains demo/16, not demo-text/16"),
-    ("train.sft.text", None, "train.sft.text: scenes-sft has captions: it is needed"),
-    ("train.sft.text.prefix_probability", 1.5, "prefix_probability 1.5 must lie in [0, 1]"),
+    ("train.sft.denoiser", PLAIN["train"]["c2i"]["denoiser"], "train.sft.denoiser: jit takes labels, but "
+     "scenes-sft has captions: choose another denoiser or dataset"),
+    ("train.c2i.denoiser", PLAIN["train"]["sft"]["denoiser"], "train.c2i.denoiser: jit_t2i takes prompts, but "
+     "digits has labels: choose another denoiser or dataset"),
+    ("train.sft.denoiser.jit_t2i.captions", {"prefix_probability": 1.5}, "sft.denoiser.jit_t2i.captions: "
+     "prefix_probability 1.5 must lie in [0, 1]"),
     ("train.sft.mixture", {"scene": 1}, "train.sft.mixture: source: 'scene' is not known"),
-    ("train.sft.mixture", {"scenes": 0}, "train.sft.mixture: every weight must be positive"),
-    ("train.sft.denoiser.image_size", 32, "denoiser.image_size 32 is none of datasets.scenes-sft.image_sizes [64]"),
-    ("train.sft.denoiser.num_classes", 10, "num_classes 10: demo-text/16 is text-conditional: null"),
-    ("train.c2i.denoiser.num_classes", None, "num_classes: demo/16 is class-conditional and needs a number"),
-    ("train.c2i.denoiser.size", "demo-text/16", "num_classes 10: demo-text/16 is text-conditional"),
-    ("prompts.none", {"source": "scenes", "path": None}, "prompts: a key cannot be called 'none'"),
+    ("train.sft.mixture", {"scenes": 0}, "train.sft.mixture: every share must be positive"),
+    ("train.sft.denoiser.jit_t2i.image_size", 32, "image_size 32 is none of datasets.scenes-sft.image_sizes [64]"),
+    ("train.sft.denoiser.jit_t2i.num_classes", 10, "train.sft.denoiser.jit_t2i: key: 'num_classes' is not known"),
+    ("train.c2i.denoiser", {"jit": {"size": "demo/16", "image_size": 32}}, "missing key num_classes; needed: size"),
+    ("train.c2i.denoiser.jit.size", "demo-text/16", "size: 'demo-text/16' is not known"),
+    ("prompts.none", {"scenes": {}}, "prompts: a key cannot be called 'none'"),
     ("sample.none", PLAIN["sample"]["c2i"], "sample: a key cannot be called 'none'"),
     ("evaluate.none", PLAIN["evaluate"]["fid"], "evaluate: a key cannot be called 'none'"),
-    ("prompts.geneval.path", "x", "path: a file needs the path or URL of the prompts"),
+    ("prompts.geneval", {"file": {}}, "prompts.geneval.file: missing key path; needed: path"),
+    ("prompts.geneval", {"url": {}}, "prompts.geneval: 'url' is not known; valid: file, scenes"),
     ("sample.geneval.prompts", "none", "layout geneval: npz is for classes (prompts: none)"),
     ("sample.geneval.layout", "dpg", "10 images per prompt: the layout of DPG-Bench shows 4"),
     ("sample.c2i.model", "sft", "sample.c2i.prompts: sft draws prompts: name a key of prompts"),
     ("sample.c2i.negative", "x", "negative: only prompts have a negative"),
-    ("evaluate.geneval.detector", "mask2former", "detector mask2former: geometric is for the demo's scenes"),
-    ("evaluate.geneval.detector", None, "detector None: geneval needs one"),
-    ("evaluate.geneval.reference", "digits", "reference digits: fid needs a key of reference, geneval has none"),
-    ("evaluate.geneval.sample", "c2i", "evaluate.geneval: c2i has layout npz, not geneval"),
-    ("evaluate.fid.sample", "geneval", "evaluate.fid: geneval has layout geneval, not npz"),
-    ("datasets.scenes-sft.sources.scenes.count", None, "count and clutter: scenes needs both"),
-    ("datasets.scenes-sft.sources.scenes.captions", {"txt": 1}, "captions: column of scenes: 'txt' is not known"),
-    ("datasets.digits.sources.digits.path", "x", "path: digits are made here: set it to null"),
-    ("datasets.digits.sources.digits.format", "image_folder", "path: image_folder needs the folder"),
-    ("datasets.digits.sources.digits.format", "tar", "sources.digits.format: 'tar' is not known"),
-    ("datasets.digits.sources.digits.captions", {"txt": 1}, "captions: digits has labels instead: set it to null"),
-    ("datasets.digits.sources.digits.image", "jpg", "image: digits has no columns: set it to null"),
-    ("datasets.digits.sources.digits", {"format": "parquet", "path": "x", "captions": None, "image": "image",
-                                        "count": None, "clutter": None},
-     "captions: parquet needs the columns"),
-    ("datasets.digits.sources.digits", {"format": "parquet", "path": "x", "captions": {"a": 1, "b": -1}, "image": "i",
-                                        "count": None, "clutter": None},
-     "captions: of the weights [1.0, -1.0] none may be negative and one must be positive"),
-    ("datasets.digits.sources.digits", {"format": "webdataset", "path": "x", "captions": {"txt": 0.5}, "image": None,
-                                        "count": None, "clutter": None},
-     "image: webdataset needs the name of the column or member"),
-    ("datasets.digits.sources.more", {"format": "image_folder", "path": "x", "captions": None, "image": None,
-                                      "count": None, "clutter": None},
+    ("evaluate.geneval.metric", {"geneval": {}}, "evaluate.geneval.metric.geneval needs a network for mask2former"),
+    ("prompts.geneval", {"file": {"path": "p.txt"}},
+     "evaluate.geneval.metric demo_geneval: prompts of the kind file are for geneval"),
+    ("evaluate.geneval.metric", {"geneval": {"baselines": True}}, "metric.geneval: key: 'baselines' is not known"),
+    ("evaluate.geneval.reference", "digits", "reference digits: demo_geneval has no reference: set it to none"),
+    ("train.c2i.objective.pdino.block", -1, "train.c2i.objective.pdino: block -1 must not be negative"),
+    ("train.c2i.objective.repa.block", -3, "train.c2i.objective.repa: block -3 must not be negative"),
+    ("evaluate.fid.reference", "none", "reference none: adm needs a key of reference"),
+    ("evaluate.geneval.sample", "c2i", "evaluate.geneval: c2i has layout npz, not geneval, which demo_geneval scores"),
+    ("evaluate.fid.sample", "geneval", "evaluate.fid: geneval has layout geneval, not npz, which adm scores"),
+    ("datasets.scenes-sft.sources.scenes.scenes.count", None, "scenes.scenes.count: expected int, got None"),
+    ("datasets.scenes-sft.sources.scenes.scenes.count", 0, "scenes.scenes: count 0 must be at least 1"),
+    ("datasets.scenes-sft.sources.scenes.scenes.clutter", 1.5, "scenes.scenes: clutter 1.5 must lie in [0, 1]"),
+    ("datasets.scenes-sft.sources.scenes.scenes.captions", {"txt": 1},
+     "captions: column of scenes: 'txt' is not known; valid: long, short"),
+    ("datasets.digits.sources.digits", {"digits": {"path": "x"}}, "digits.digits: key: 'path' is not known"),
+    ("datasets.digits.sources.digits", {"image_folder": {}}, "image_folder: missing key path; needed: path"),
+    ("datasets.digits.sources.digits", {"tar": {}}, "sources.digits: 'tar' is not known; valid: digits, image_folder, "
+     "parquet, scenes, text_folder, webdataset"),
+    ("datasets.digits.sources.digits", {"image_folder": {"path": "x", "captoins": {"txt": 1}}},
+     "sources.digits.image_folder: key: 'captoins' is not known; valid: path"),
+    ("datasets.digits.sources.digits", {"webdataset": {"path": "x", "caption": {"txt": 1}, "image": "jpg"}},
+     "key: 'caption' is not known (did you mean 'captions'?); valid: captions, image, path"),
+    ("datasets.digits.sources.digits", {"webdataset": {"path": "x", "captions": {"txt": 0.5}}},
+     "webdataset: missing key image; needed: path, captions, image"),
+    *[("datasets.digits.sources.digits", {kind: options | {"captions": {}}}, "captions: name the columns of captions")
+      for kind, options in CAPTIONED.items()],
+    *[("datasets.digits.sources.digits", {kind: options | {"captions": {"a": 1, "b": -1}}},
+       "captions: of the shares [1.0, -1.0] none may be negative and one must be positive")
+      for kind, options in CAPTIONED.items()],
+    ("datasets.digits.sources.more", {"image_folder": {"path": "x"}}, "sources: labelled data has exactly one"),
+    ("datasets.digits.sources.more", {"text_folder": {"path": "x", "captions": {"txt": 1}}},
      "sources: labelled data has exactly one"),
     ("datasets.digits.sources", {}, "sources: at least one is needed"),
-    ("datasets.digits.sources", {"../x": {"format": "digits", "path": None, "captions": None, "image": None,
-                                        "count": None, "clutter": None}},
-     "sources: '../x' names files: use letters"),
+    ("datasets.digits.sources", {"../x": {"digits": {}}}, "sources: '../x' names files: use letters"),
     ("datasets.digits.image_sizes", [], "image_sizes [] must be ascending, and at least one"),
     ("datasets.digits.image_sizes", [64, 32], "image_sizes [64, 32] must be ascending"),
     ("datasets.digits.image_sizes", [32, 64], "image_sizes: labelled data has exactly one"),
@@ -159,8 +177,8 @@ def replaced(data, dotted, value):
     ("datasets.digits.heldout", 0.1, "heldout 0.1: digits come with their own split: leave it out"),
     ("datasets.scenes-sft.heldout", 1.0, "heldout 1.0 must lie in [0, 1)"),
     ("train.c2i.run.log_evry", 3, "train.c2i.run: key: 'log_evry' is not known (did you mean 'log_every'?)"),
-    ("train.c2i.run.grid_sampler.order", 2, "train.c2i.run.grid_sampler: order 2: only adams_bashforth has one"),
-    ("weights.directory", "x", "directory is for published weights"),
+    ("train.c2i.run.grid_sampler", {"eulr": {}}, "grid_sampler: 'eulr' is not known (did you mean 'euler'?)"),
+    ("networks.dino.demo_dino.directory", "x", "networks.dino.demo_dino: key: 'directory' is not known; valid: seed"),
 ])
 def test_a_mistake_names_the_key_and_the_choices(demo, dotted, value, says):
     with pytest.raises(ConfigError) as error:
@@ -183,9 +201,9 @@ def test_a_missing_key_is_a_mistake(demo):
 def test_what_is_not_said_is_as_by_default(demo):
     """A section that is given in part keeps what its default has of the rest, not what its class has."""
     data = copy.deepcopy(demo)
-    data["train"]["c2i"]["run"] = {"grid_sampler": {"steps": 3}}
+    data["train"]["c2i"]["run"] = {"grid_sampler": {"euler": {"steps": 3}}}
     run = load(Params, data).train["c2i"].run
-    assert (run.grid_sampler.steps, run.grid_sampler.name, run.grid_sampler.guidance) == (3, "euler", 2.25)
+    assert (run.grid_sampler.steps, run.grid_sampler.kind, run.grid_sampler.guidance) == (3, "euler", 2.25)
     assert run.checkpoint_every == 5000
     said = copy.deepcopy(demo)
     said["train"]["c2i"]["objective"]["balance_every"] = 50
@@ -203,20 +221,30 @@ def resolved(tmp_path, monkeypatch):
 
 
 def test_stages_read_what_the_first_one_has_resolved(resolved, capsys):
-    assert resolved_params("train") == read_params()
+    assert resolved_params("train", "c2i") == read_params()
     text = (resolved / "params.yaml").read_text()
     (resolved / "params.yaml").write_text(text.replace("seed: 1", "seed: 1  # a comment"))
-    assert resolved_params("train") == read_params() and capsys.readouterr().err == ""
+    assert resolved_params("train", "c2i") == read_params() and capsys.readouterr().err == ""
     for other in text.replace("steps: 500", "steps: 600"), "train: [":
         (resolved / "params.yaml").write_text(other)
-        assert resolved_params("train").train["c2i"].fit.steps == 500
+        assert resolved_params("train", "c2i").train["c2i"].fit.steps == 500
         assert "params.yaml has changed since this run began, which keeps to out/params.json" in capsys.readouterr().err
-    (resolved / "out/code.json").write_text('{"train": "another"}')
+    with pytest.raises(ConfigError, match="train: key: 'c2j' is not known .did you mean 'c2i'"):
+        resolved_params("train", "c2j")
+    for text in '{"train": {"c2i": "another"}}', '{"train": {}}', '{"train": "of all instances"}', "{}":
+        (resolved / "out/code.json").write_text(text)
+        with pytest.raises(ConfigError, match="the code of train has changed since out/code.json was written: run"):
+            resolved_params("train", "c2i")
+    whole = (resolved / "out/params.json").read_text()
+    (resolved / "out/params.json").write_text(whole.replace('"networks"', '"weights"'))
+    with pytest.raises(ConfigError, match="out/params.json is of another version, run `dvc repro params` first: top"):
+        resolved_params("train", "c2i")
+    (resolved / "out/params.json").write_text(whole)
     with pytest.raises(ConfigError, match="the code of train has changed since out/code.json was written: run `dvc"):
-        resolved_params("train")
+        resolved_params("train", "c2i")
     (resolved / "out/params.json").unlink()
     with pytest.raises(ConfigError, match=r"out/params.json or out/code.json is missing: run `dvc repro params` first"):
-        resolved_params("train")
+        resolved_params("train", "c2i")
 
 
 def test_a_mistake_leaves_what_was_resolved_before(resolved, capsys):
@@ -242,9 +270,19 @@ def test_yaml_numbers_without_a_dot_are_numbers(tmp_path):
 
 
 def test_the_check_loads_nothing_heavy():
-    program = ("import sys; import pipeline.params as p; p.read_params(); "
-               "assert not {'torch', 'ray', 'dvc', 'numpy'} & set(sys.modules), sys.modules.keys()")
+    """Nor does any kind of a variant, when it is chosen."""
+    program = ("import sys; import pipeline.params as p; from pixelgen.config import Variant; p.read_params(); "
+               "chosen = [base.of(kind) for base in Variant.__subclasses__() for kind in base.kinds]; assert chosen; "
+               "assert not {'torch', 'ray', 'dvc', 'numpy', 'pyarrow', 'sklearn'} & set(sys.modules), sys.modules")
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_samples_are_compared_with_what_their_model_was_trained_on(demo):
+    data = replaced(demo, "datasets.other", demo["datasets"]["digits"])
+    data["reference"] = data["reference"] | {"other": data["reference"]["digits"] | {"dataset": "other"}}
+    assert load(Params, data).reference["other"].dataset == "other"
+    with pytest.raises(ConfigError, match="evaluate.fid: the samples imitate 'digits', but reference 'other' is of"):
+        load(Params, replaced(data, "evaluate.fid.reference", "other"))
 
 
 def test_fingerprint_tells_parameters_apart(demo):

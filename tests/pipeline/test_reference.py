@@ -2,8 +2,8 @@
 
 import dataclasses
 import shutil
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +11,9 @@ import torch
 
 from pipeline.cluster import Cluster, work_through
 from pipeline.datasets import work
-from pipeline.params import ReferenceParams, StorageParams
+from pipeline.networks import Network
+from pipeline.params import ReferenceParams
+from pipeline.stage import Stage
 from pipeline.stages import reference
 from pipeline.storage import Artifact, Storage
 from pixelgen.config import ConfigError
@@ -19,9 +21,10 @@ from pixelgen.data.shards import LocalFile, Shard, ShardError, Split, read_image
 from pixelgen.errors import StorageError
 from pixelgen.manifest import read_manifest
 from pixelgen.metrics import fid
-from tests.pipeline.folders import SIZE, folder_params, make_plain, make_run, only, split_of
+from tests.pipeline.folders import SIZE, folder_params, make_plain, make_run, split_of, tasks_of
 
-PARAMS = ReferenceParams("plain", "digits", None, 7, 4)
+ONE = Cluster(None, 1, 0.5, 0, 1, 0, 1, None)
+PARAMS = ReferenceParams("plain", "means", None, 7, 4)
 
 
 class Means:
@@ -34,25 +37,27 @@ class Means:
         return {"pool": x.mean((2, 3)), "spatial": x[:, 0, :2, 0], "logits": x[:, :, 0, 0]}
 
 
+@dataclasses.dataclass(frozen=True)
+class MeansNetwork(Network):
+    def extractor(self, folder, device):
+        assert (folder, device) == (Path("out/networks/means").absolute(), torch.device("cpu"))
+        return Means()
+
+
 @pytest.fixture
 def stage(tmp_path, monkeypatch):
     """A working directory with out/shard/plain of 20 training images, and the stage to run in it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["reference", "name"])
-    whole = dataclasses.make_dataclass("P", ["reference", "storage"])
-    monkeypatch.setattr(reference, "resolved_params", lambda stage: whole(chosen, StorageParams(None)))
-    monkeypatch.setattr(reference, "read_cluster", lambda: Cluster(None, 1, 0.5, 0, 1, 0, 1, None))
-    monkeypatch.setattr(reference, "load_extractor", load_extractor)
-    chosen: dict[str, ReferenceParams] = {}
+    monkeypatch.setitem(Network.kinds, "means", f"{__name__}:MeansNetwork")
     params = folder_params(make_plain(tmp_path / "data", classes=2, each=10), rows_per_shard=6)
-    weights = tmp_path / "out" / "weights"
-    weights.mkdir(parents=True)
-    Storage(None).publish(weights, "weights", {})
+    networks = tmp_path / "out" / "networks"
+    networks.mkdir(parents=True)
+    Storage(None).publish(networks, "networks", {})
     out = tmp_path / "out" / "shard" / "plain"
     out.parent.mkdir(parents=True)
     run = make_run(tmp_path / "run")
     shards = []
-    for number, task in enumerate(work.SOURCES["image_folder"].tasks(*only(params))[1]):
+    for number, task in enumerate(tasks_of(params)):
         work.write_job(work.Job("image_folder", number, task), params, Storage(None), run)
         shards += [{"path": s["file"]["path"], "rows": s["rows"], "size": s["pixels"]}
                    for s in work.read_report(Storage(None), run, f"image_folder-{number:05}")["shards"]]
@@ -60,17 +65,12 @@ def stage(tmp_path, monkeypatch):
     splits = {"train": {"shards": shards}, "heldout": {"shards": []}}
     Storage(None).publish(out, "dataset", params, sources={"image_folder": {"splits": splits}})
 
-    def run(params):
-        chosen["name"] = params
-        reference.main()
+    def run(params, cluster=ONE):
+        whole = SimpleNamespace(reference={"name": params}, networks={"means": MeansNetwork()})
+        reference.run(Stage("reference", "name", whole, cluster, Storage(None)))
         return fid.load_reference("out/reference/name/reference.npz")
 
     return run
-
-
-def load_extractor(name, weights, device):
-    assert (name, weights, device) == ("digits", Path("out/weights").absolute(), torch.device("cpu"))
-    return Means()
 
 
 def every_image():
@@ -160,11 +160,11 @@ def test_the_driver_needs_no_gpu(stage, monkeypatch):
         here = dataclasses.replace(cluster, gpus_per_worker=0)
         work_through(parts, make, (*before, here), here, *rest)
 
-    monkeypatch.setattr(reference, "read_cluster", lambda: Cluster(None, 1, 0.5, 1, 1, 0, 1, "self"))
     monkeypatch.setattr(reference, "work_through", elsewhere)
-    assert len(stage(PARAMS).images) == 7
+    remote = dataclasses.replace(ONE, gpus_per_worker=1, readers="self")
+    assert len(stage(PARAMS, remote).images) == 7
     fid.save_reference("theirs.npz", fid.Reference(np.arange(3.0), np.eye(3), np.ones(2), np.eye(2), None))
-    assert stage(dataclasses.replace(PARAMS, npz="theirs.npz")).images is None
+    assert stage(dataclasses.replace(PARAMS, npz="theirs.npz"), remote).images is None
 
 
 def test_a_single_image_has_no_statistics(stage, monkeypatch):

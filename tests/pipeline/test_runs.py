@@ -1,6 +1,7 @@
 """Run directories: what names them, and who may write to them."""
 
 import contextlib
+import dataclasses
 import os
 import pickle
 import shutil
@@ -17,6 +18,7 @@ from ray.train import WorkerGroupError
 
 from pipeline import fetch, runs, verify
 from pipeline.datasets import DatasetError
+from pipeline.stage import Stage
 from pixelgen.config import ConfigError
 from pixelgen.errors import StorageError
 from pixelgen.store import on_disk
@@ -33,14 +35,16 @@ with lease(Path(sys.argv[1]), patience=0):
 
 def test_a_run_is_named_by_parameters_inputs_and_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs, "digest", {"many": "code", "one": "code"}.get)
-    first = runs.run_directory("many", {"lr": 1}, "hash")
+    monkeypatch.setattr("pipeline.stage.code_digest", lambda params, name, key: f"code of {name}")
+    stage = Stage("many", "a", None, None, None)
+    first = stage.run_directory({"lr": 1}, "hash")
     assert first.parent == Path("runs/many")
-    assert runs.run_directory("many", {"lr": 1}, "hash") == first
-    assert runs.run_directory("many", {"lr": 2}, "hash") != first
-    assert runs.run_directory("many", {"lr": 1}, "other") != first
-    monkeypatch.setattr(runs, "digest", {"many": "other code"}.get)
-    assert runs.run_directory("many", {"lr": 1}, "hash") != first
+    assert stage.run_directory({"lr": 1}, "hash") == first
+    assert dataclasses.replace(stage, key="b").run_directory({"lr": 1}, "hash") == first, "whatever it is called"
+    assert stage.run_directory({"lr": 2}, "hash") != first
+    assert stage.run_directory({"lr": 1}, "other") != first
+    monkeypatch.setattr("pipeline.stage.code_digest", lambda params, name, key: f"other code of {name}")
+    assert stage.run_directory({"lr": 1}, "hash") != first
 
 
 def start_holder(path):
@@ -167,14 +171,12 @@ def task_error(cause):
      "stage: shard.parquet: No space left on device: make room on this disk, then run it again: finished work "
      "is kept"),
 ])
-def test_a_stage_ends_with_one_line_whatever_ray_has_wrapped_it_in(monkeypatch, error, line):
-    monkeypatch.setattr(sys, "argv", ["stages/stage.py"])
-
+def test_a_stage_ends_with_one_line_whatever_ray_has_wrapped_it_in(error, line):
     def main():
         raise error
 
     with pytest.raises(SystemExit) as ended:
-        runs.run_main(main)
+        runs.run_main("stage", main)
     assert ended.value.code == line
 
 
@@ -186,13 +188,13 @@ def test_a_bug_keeps_its_traceback(error):
         raise error
 
     with pytest.raises(type(error)) as raised:
-        runs.run_main(main)
+        runs.run_main("stage", main)
     assert raised.value is error
 
 
 @pytest.mark.parametrize(("end", "status", "last"), [
     ("pass", 0, ""),
-    ("raise ConfigError('no such key')", 1, "-c: no such key"),
+    ("raise ConfigError('no such key')", 1, "stage: no such key"),
     ("raise ValueError('a bug')", 1, "ValueError: a bug"),
     ("os.kill(os.getpid(), signal.SIGTERM)", 143, "stopped: finished work is kept, `dvc repro` goes on from there"),
 ])
@@ -203,7 +205,7 @@ from pixelgen.config import ConfigError
 def main():
     atexit.register(print, "what Ray finds when it is taken apart")
     {end}
-run_stage(main)"""
+run_stage("stage", main)"""
     done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True)
     assert (done.returncode, done.stderr.strip().rpartition("\n")[2], done.stdout) == (status, last, "")
     assert ("Traceback" in done.stderr) == ("bug" in end)
@@ -226,7 +228,7 @@ def test_a_bug_in_a_worker_is_shown_once_with_its_whole_traceback(capsys):
         raise WorkerGroupError("cut short", failures)
 
     with pytest.raises(WorkerGroupError):
-        runs.run_main(main)
+        runs.run_main("stage", main)
     printed = capsys.readouterr().err
     assert printed.count("in rank\n") == printed.count("ValueError: zip() argument 2 is shorter than argument 1") == 1
 
@@ -255,7 +257,7 @@ def test_tools_tell_mistakes_from_bugs(tool, status, monkeypatch, capsys):
         raise error
 
     monkeypatch.setattr(tool, "read_params", fail)
-    monkeypatch.setattr(sys, "argv", ["tool", *(["out/weights"] if tool is fetch else [])])
+    monkeypatch.setattr(sys, "argv", ["tool", *(["out/networks"] if tool is fetch else [])])
     error = ConfigError("no such key")
     assert tool.main() == status and capsys.readouterr().err.endswith(": no such key\n")
     error = ValueError("a bug")
@@ -264,6 +266,6 @@ def test_tools_tell_mistakes_from_bugs(tool, status, monkeypatch, capsys):
 
 
 def test_fetch_does_not_mix_files_into_a_directory(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["fetch", "out/weights", "--to", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["fetch", "out/networks", "--to", str(tmp_path)])
     assert fetch.main() == 1
     assert f"{tmp_path} exists already: name a new directory" in capsys.readouterr().err

@@ -37,18 +37,18 @@ def test_every_prompt_gets_its_own_images_however_they_come(tmp_path):
 
 def test_images_of_classes_are_shuffled_and_keep_their_labels_and_seeds(tmp_path):
     params = dataclasses.replace(read_params().sample["c2i"], seed=100, part_size=7)
-    wanted = [*range(12)] * 3
+    labels = [*range(12)] * 3
     order = np.random.default_rng(0).permutation(36).tolist()
-    parts = plan_parts(params, wanted, order)
+    parts = plan_parts(params, labels, order)
     assert [part.name for part in parts] == [f"part-{n:06d}.npy" for n in range(6)]
     images = np.random.default_rng(1).integers(0, 256, (36, 8, 8, 3), np.uint8)
     assert sorted(seed for part in parts for seed in part.seeds) == [*range(100, 136)]
-    assert all(wanted[seed - 100] == label for part in parts
-               for seed, label in zip(part.seeds, part.wanted, strict=True))
-    write_classes(tmp_path, (np.stack([images[seed - 100] for seed in part.seeds]) for part in parts), wanted, order)
+    assert all(labels[seed - 100] == label for part in parts
+               for seed, label in zip(part.seeds, part.labels_or_prompts, strict=True))
+    write_classes(tmp_path, (np.stack([images[seed - 100] for seed in part.seeds]) for part in parts), labels, order)
     assert np.array_equal(np.load(tmp_path / "samples.npz")["arr_0"], images[order])
-    assert np.array_equal(np.load(tmp_path / "labels.npy"), np.asarray(wanted)[order])
-    shown = images[[i for i in range(36) if wanted[i] < 10]]
+    assert np.array_equal(np.load(tmp_path / "labels.npy"), np.asarray(labels)[order])
+    shown = images[[i for i in range(36) if labels[i] < 10]]
     assert np.array_equal(np.asarray(Image.open(tmp_path / "grid.png")), np.asarray(grid(shown, 10)))
 
 

@@ -5,12 +5,12 @@ import itertools
 import numpy as np
 import pytest
 
-from pipeline.datasets import scenes
-from pipeline.judges import GeometricDetector, SceneColors
-from pipeline.params import DatasetParams, SourceParams
+from pipeline.datasets import DatasetParams
+from pipeline.demo import scenes
+from pipeline.demo.geometric import GeometricDetector, SceneColors
 from pixelgen.metrics.geneval import TAGS, judge_image, score
 
-SOURCE = SourceParams("scenes", None, {"short": 0.5, "long": 0.5}, None, 200, 0.5)
+SOURCE = scenes.Scenes({"short": 0.5, "long": 0.5}, 200, 0.5)
 DATA = DatasetParams({"scenes": SOURCE}, (32, 64), "adm", "png", 64, 0.0, 0.0, 64.0, 7)
 
 
@@ -28,15 +28,15 @@ def test_what_is_held_out_is_never_trained_on():
 
 def test_captions_are_of_training_prompts_alone():
     used = {p["prompt"].removeprefix(scenes.PHOTO) for tag in TAGS for p in scenes.trained(tag)}
-    items = scenes.listing(DATA, SOURCE)[1]
+    items = SOURCE.listing(DATA)[1]
     assert len(items) == 200
     for item in items:
-        short, long = scenes.load(DATA, SOURCE, item).captions
+        short, long = SOURCE.load(DATA, item).captions
         assert short in used and long == f"a photo of {short} on grey"
 
 
 def test_a_scene_is_a_function_of_its_key():
-    first, again = (np.asarray(scenes.load(DATA, SOURCE, scenes.listing(DATA, SOURCE)[1][3]).image) for _ in range(2))
+    first, again = (np.asarray(SOURCE.load(DATA, SOURCE.listing(DATA)[1][3]).image) for _ in range(2))
     assert first.shape == (64, 64, 3) and np.array_equal(first, again)
 
 
@@ -46,7 +46,7 @@ def test_the_detector_sees_what_was_drawn_and_nothing_else(tag, size):
     """Every prompt (a part of the many of color_attr) on its own scene, and on that of the next prompt."""
     prompts = scenes.all_prompts()[tag][::9 if tag == "color_attr" else 1]
     random = np.random.default_rng(1)
-    pictures = [np.asarray(scenes.render(scenes.draw(p, random), size, random)) for p in prompts]
+    pictures = [np.asarray(scenes.render(scenes.place(p, random), size, random)) for p in prompts]
     judges = GeometricDetector(), SceneColors()
 
     def right(prompts):
@@ -65,8 +65,7 @@ def test_a_blurred_or_empty_image_shows_nothing():
 
 def test_boxes_are_where_the_things_are():
     random = np.random.default_rng(2)
-    wanted = scenes.all_prompts()["color_attr"][40]
-    things = scenes.draw(wanted, random)
+    things = scenes.place(scenes.all_prompts()["color_attr"][40], random)
     found = GeometricDetector()(np.asarray(scenes.render(things, 64, random)))
     for thing in things:
         (box,) = found[thing.shape].boxes

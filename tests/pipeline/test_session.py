@@ -166,7 +166,7 @@ def test_what_differs_from_stage_to_stage_makes_no_other_session(monkeypatch, tm
 def test_every_stage_would_join_the_same_session(tmp_path):
     """Whatever the modules that it imports set in the environment."""
     stages = [path.stem for path in Path("pipeline/stages").glob("[a-z]*.py")]
-    programs = [f"import pipeline.stages.{stage}; from pipeline import session; session.prepare(); "
+    programs = [f"import pipeline.stage, pipeline.stages.{stage}; from pipeline import session; session.prepare(); "
                 "print(session.folder().name)" for stage in stages]
     places = [subprocess.check_output([sys.executable, "-c", program], env=os.environ | {"RAY_TMPDIR": str(tmp_path)})
               for program in programs]

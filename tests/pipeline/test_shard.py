@@ -5,7 +5,6 @@ import io
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +15,14 @@ from hypothesis import strategies as st
 from PIL import Image, JpegImagePlugin
 
 from pipeline import runs
-from pipeline.datasets import DatasetError, Item, Task, deal, digits, image_folder
+from pipeline.datasets import DatasetError, DatasetParams, Item, Sample, Source, Task, refuse
+from pipeline.datasets.image_folder import ImageFolder
+from pipeline.datasets.listed import deal
 from pipeline.datasets.work import Job, read_report, write_job
-from pipeline.params import SourceParams
+from pipeline.demo import digits
 from pipeline.stages import shard
 from pipeline.storage import Storage
-from pixelgen.config import ConfigError
+from pixelgen.config import ConfigError, load, require
 from pixelgen.data.shards import SCHEMA, describe_pieces, read_images
 from pixelgen.errors import StorageError
 from pixelgen.images import adm_crop, plain_crop
@@ -29,6 +30,8 @@ from pixelgen.manifest import check_file, describe
 from tests.pipeline.folders import (
     SIZE,
     folder_params,
+    listing,
+    load_item,
     make_bad,
     make_good,
     make_plain,
@@ -39,8 +42,7 @@ from tests.pipeline.folders import (
     split_of,
 )
 
-DIGITS = params_of(SourceParams("digits", None, None, None), image_sizes=(16,), rows_per_shard=200,
-                   max_megapixels=1.0, seed=3)
+DIGITS = params_of(digits.Digits(), image_sizes=(16,), rows_per_shard=200, max_megapixels=1.0, seed=3)
 
 
 # ----------------------------------------------------------------------------------------------------- dealing
@@ -88,7 +90,7 @@ def job_of(params, items, number=0):
 def test_a_shard_holds_the_crops_and_the_report_the_rest(hostile, tmp_path):
     params, good, bad = hostile
     params = dataclasses.replace(params, rows_per_shard=100)
-    items, run = image_folder.listing(*only(params))[1][::-1], make_run(tmp_path)
+    items, run = listing(params)[1][::-1], make_run(tmp_path)
     assert write_job(job_of(params, items), params, Storage(None), run) == "image_folder-00000"
     (path,) = (run / "shards").iterdir()
     assert path.name == "image_folder-train-32-00000-0000.parquet"
@@ -101,7 +103,7 @@ def test_a_shard_holds_the_crops_and_the_report_the_rest(hostile, tmp_path):
         item = next(i for i in items if i.key == key)
         image = Image.open(io.BytesIO(png))
         assert (image.format, image.mode, image.size, label) == ("PNG", "RGB", (SIZE, SIZE), item.label)
-        assert np.array_equal(image, adm_crop(image_folder.load(*only(params), item).image, SIZE))
+        assert np.array_equal(image, adm_crop(load_item(params, item).image, SIZE))
     report = read_report(Storage(None), run, "image_folder-00000")
     assert report["shards"] == [{"split": "train", "pixels": SIZE, "rows": len(good) + 1,
                                  "file": describe(path, path.name), "labels": table["label"].to_pylist(),
@@ -112,7 +114,7 @@ def test_a_shard_holds_the_crops_and_the_report_the_rest(hostile, tmp_path):
 
 def test_a_shard_written_again_has_the_same_bytes(hostile, tmp_path):
     params, _, _ = hostile
-    job = job_of(params, image_folder.listing(*only(params))[1])
+    job = job_of(params, listing(params)[1])
     for name in ("a", "a", "b"):
         write_job(job, params, Storage(None),
                   tmp_path / name if (tmp_path / name).exists() else make_run(tmp_path / name))
@@ -121,7 +123,7 @@ def test_a_shard_written_again_has_the_same_bytes(hostile, tmp_path):
 
 
 def test_digits_are_sharded_as_they_are_given(tmp_path):
-    items = [i for i in digits.listing(None, None)[1] if i.split == "heldout"]
+    items = [i for i in digits.Digits().listing(None)[1] if i.split == "heldout"]
     params = dataclasses.replace(DIGITS, rows_per_shard=500)
     write_job(job_of(params, items), params, Storage(None), make_run(tmp_path))
     table = pq.read_table(tmp_path / "shards" / "digits-heldout-16-00000-0000.parquet")
@@ -133,11 +135,11 @@ def test_digits_are_sharded_as_they_are_given(tmp_path):
 
 def test_jpeg_is_smaller_and_close_and_keeps_all_its_colour(hostile, tmp_path):
     params = dataclasses.replace(hostile[0], encoding="jpeg", crop="plain")
-    items = [i for i in image_folder.listing(*only(params))[1] if i.key == "good/plain.jpg"]
+    items = [i for i in listing(params)[1] if i.key == "good/plain.jpg"]
     write_job(job_of(params, items), params, Storage(None), make_run(tmp_path))
     (path,) = (tmp_path / "shards").iterdir()
     image = Image.open(io.BytesIO(pq.read_table(path)["image"][0].as_py()))
-    exact = plain_crop(image_folder.load(*only(params), items[0]).image, SIZE)
+    exact = plain_crop(load_item(params, items[0]).image, SIZE)
     assert image.format == "JPEG" and JpegImagePlugin.get_sampling(image) == 0  # 4:4:4
     assert 0 < np.abs(np.asarray(image).astype(int) - exact).max() < 30
 
@@ -145,7 +147,7 @@ def test_jpeg_is_smaller_and_close_and_keeps_all_its_colour(hostile, tmp_path):
 def test_only_a_job_whose_shards_are_whole_has_a_report(hostile, tmp_path):
     params, run = hostile[0], make_run(tmp_path)
     assert read_report(Storage(None), run, "image_folder-00000") is None
-    items = image_folder.listing(*only(params))[1]
+    items = listing(params)[1]
     write_job(job_of(params, [i for i in items if i.key.startswith("mixed/cut")]), params, Storage(None), run)
     report = read_report(Storage(None), run, "image_folder-00000")
     assert report["shards"] == [] and len(report["rejected"]) == 6
@@ -179,7 +181,7 @@ def test_the_manifest_counts_and_the_quarantine_list(stage, hostile):
     assert manifest["quarantined"] == source["quarantined"] == len(bad) and source["enlarged"] == 1
     assert manifest["skipped"] == source["skipped"] == source["captions_cut"] == 0 and source["captions"] is None
     assert {s["size"] for split in (train, heldout) for s in split["shards"]} == {SIZE}
-    assert manifest["config"]["sources"]["image_folder"]["path"] == only(params)[1].path
+    assert manifest["config"]["sources"]["image_folder"]["image_folder"]["path"] == only(params).path
     assert manifest["config"]["max_quarantined"] == 0.7
     lines = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == sorted(f"image_folder/mixed/{name}" for name in bad)
@@ -248,7 +250,7 @@ def test_other_inputs_start_afresh(stage, tmp_path, monkeypatch, change):
     elif change == "more":
         picture(99).save(tmp_path / "data" / "class0" / "999.png")
     else:
-        monkeypatch.setattr(runs, "digest", lambda stage: "other code")
+        monkeypatch.setattr("pipeline.stage.code_digest", lambda *_: "other code")
     stage(params)
     assert len(stage.written) == 5 + (change == "more")
 
@@ -268,6 +270,54 @@ def test_a_file_that_goes_while_sharding_is_quarantined(stage, tmp_path, monkeyp
     assert "image_folder/class0/003.png" in Path("out/shard/name/quarantine.jsonl").read_text()
 
 
+@dataclasses.dataclass(frozen=True)
+class Toy(Source):
+    """A source from elsewhere: grey squares with captions, every third refused."""
+
+    captions: dict[str, float]
+    count: int  # of squares
+
+    def check(self, data):
+        require(data.image_sizes == (SIZE,), "toys have one size")
+
+    def tasks(self, data):
+        return None, [Task([Item(str(n), None, "")], 0, shuffle=False) for n in range(self.count)]
+
+    def read(self, data, task):
+        for item in task.items:
+            number = int(item.key)
+            square = Sample(Image.new("RGB", (SIZE, SIZE), (number,) * 3), "train", None, [f"toy {number}"])
+            yield item.key, refuse("broken") if number % 3 == 2 else lambda square=square: square
+
+
+def test_a_new_kind_of_source_takes_one_line_in_the_list(stage, monkeypatch):
+    monkeypatch.setitem(Source.kinds, "toy", f"{__name__}:Toy")
+    written = {"sources": {"toys": {"toy": {"captions": {"said": 1.0}, "count": 6}}}, "image_sizes": [SIZE],
+               "max_quarantined": 0.5}
+    manifest = stage(load(DatasetParams, written))
+    assert manifest["classes"] is None and manifest["quarantined"] == 2
+    assert manifest["config"]["sources"] == written["sources"]
+    assert manifest["sources"]["toys"]["captions"] == {"said": 1.0}
+    rows = [row for shard in split_of(Path("out/shard/name"), "train").shards
+            for row in pq.read_table(str(shard.file)).select(["key", "captions"]).to_pylist()]
+    assert rows == [{"key": f"toys/{n}", "captions": [f"toy {n}"]} for n in (0, 1, 3, 4)]
+    with pytest.raises(ConfigError, match="^toys have one size$"):
+        load(DatasetParams, written | {"image_sizes": [16]})
+    with pytest.raises(ConfigError, match=r"^sources.toys.toy: key: 'cuont' .*mean 'count'.*; valid: captions, count$"):
+        load(DatasetParams, {"sources": {"toys": {"toy": {"cuont": 6}}}})
+
+
+def test_paths_lead_into_the_main_checkout_of_an_experiment(stage, tmp_path, monkeypatch):
+    make_plain(tmp_path / "main/data")
+    place = tmp_path / "main/.dvc/tmp/exps/one"
+    place.mkdir(parents=True)
+    monkeypatch.chdir(place)
+    assert only(folder_params("data")).located() == ImageFolder(str(tmp_path / "main/data"))
+    manifest = stage(folder_params("data"))
+    assert manifest["config"]["sources"] == {"image_folder": {"image_folder": {"path": "data"}}}, "as it was written"
+    assert digits.Digits().located() == digits.Digits()
+
+
 def test_an_older_output_is_replaced(stage, tmp_path):
     params = folder_params(make_plain(tmp_path / "data"))
     Path("out/shard/name/deep").mkdir(parents=True)
@@ -277,18 +327,15 @@ def test_an_older_output_is_replaced(stage, tmp_path):
         "identity", "manifest.json"}
 
 
-def test_what_is_wrong_is_said_before_anything_is_made(stage, tmp_path, monkeypatch):
+def test_what_is_wrong_is_said_before_anything_is_made(stage, tmp_path):
     with pytest.raises(DatasetError, match="nowhere: No such file or directory"):
-        stage(folder_params(tmp_path / "nowhere"))
-    monkeypatch.setattr(sys, "argv", ["shard", "nmae"])
-    with pytest.raises(ConfigError, match="'nmae' is not known .did you mean 'name'"):
         stage(folder_params(tmp_path / "nowhere"))
     assert not Path("runs").exists() and not Path("out").exists()
 
 
 def test_a_mistake_ends_the_command_with_one_line(stage, tmp_path):
     with pytest.raises(SystemExit, match=f"^shard: {tmp_path}/nowhere: No such file or directory; [^\n]*$"):
-        runs.run_main(lambda: stage(folder_params(tmp_path / "nowhere")))
+        runs.run_main("shard", lambda: stage(folder_params(tmp_path / "nowhere")))
 
 
 def test_a_full_disk_is_noticed_before_ray_starts(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline import stage
 from pipeline.cluster import connect, read_cluster
 from pipeline.datasets.work import write_job
 from pipeline.params import read_params
@@ -21,7 +22,7 @@ from pipeline.stages import shard
 from pipeline.storage import Storage
 from pixelgen.config import CaptionConfig
 from pixelgen.data.executors import InProcess, processes
-from pixelgen.data.feed import Plan, Source, lane_batches
+from pixelgen.data.feed import MixedSource, Plan, lane_batches
 from pixelgen.manifest import read_manifest
 from tests.e2e.workspace import join, resolve
 from tests.pipeline.folders import SIZE, make_plain, make_run, make_tar, pairs, split_of
@@ -29,10 +30,10 @@ from tests.pipeline.folders import SIZE, make_plain, make_run, make_tar, pairs, 
 ROOT = Path(__file__).parents[2]
 PARAMS = """
 storage: {{root: null}}
-weights: {{source: demo, networks: [], directory: null, seed: 0}}
+networks: {{}}
 datasets:
   plain:
-    sources: {{folder: {{format: image_folder, path: {data}, captions: null, image: null, count: null, clutter: null}}}}
+    sources: {{folder: {{image_folder: {{path: {data}}}}}}}
     image_sizes: [{size}]
     crop: adm
     encoding: png
@@ -42,8 +43,7 @@ datasets:
     max_megapixels: 1
     seed: 0
   tars:
-    sources: {{tars: {{format: webdataset, path: {data}/../tars, captions: {{txt: 1}}, image: jpg, count: null,
-                     clutter: null}}}}
+    sources: {{tars: {{webdataset: {{path: {data}/../tars, captions: {{txt: 1}}, image: jpg}}}}}}
     image_sizes: [16, 32]
     crop: plain
     encoding: jpeg
@@ -88,9 +88,8 @@ def session(tmp_path_factory):
 def run_here(key="plain"):
     """The stage in this process and in the session that is open."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["shard", key])
         patch.setattr(shard, "connect", lambda cluster: contextlib.nullcontext())
-        shard.main()
+        stage.run("shard", key)
 
 
 def finished(work):
@@ -130,7 +129,7 @@ def test_a_run_killed_in_the_middle_goes_on_and_ends_as_an_undisturbed_one(sessi
     root, address = session
     work = working_directory(root / "killed", root / "data")
     join(work, "local", address)
-    process = subprocess.Popen([sys.executable, "-m", "pipeline.stages.shard", "plain"], cwd=work)
+    process = subprocess.Popen([sys.executable, "-m", "pipeline", "shard", "plain"], cwd=work)
     deadline = time.monotonic() + 200
     while len(finished(work)) < 5:
         assert process.poll() is None and time.monotonic() < deadline
@@ -156,14 +155,14 @@ def test_a_run_killed_in_the_middle_goes_on_and_ends_as_an_undisturbed_one(sessi
 @pytest.mark.parametrize("data", ["plain", "tars"])
 def test_whoever_decodes_a_rank_gets_the_same(session, start, data):
     text = CaptionConfig(0.5, 5) if data == "tars" else None
-    plan = Plan((Source(split_of(Path(f"out/shard/{data}"), "train"), captions=(1.0,)),), SIZE, seed=1, batch_size=4,
-                lanes=4, text=text)
+    source = MixedSource(split_of(Path(f"out/shard/{data}"), "train"), captions=(1.0,))
+    plan = Plan((source,), SIZE, seed=1, batch_size=4, lanes=4, text=text)
 
     def encode(prompts):
         return torch.tensor([[float(zlib.crc32(p.encode()))] for p in prompts])
 
     def found(executor):
-        steps = lane_batches(plan, [2, 3], start, 40, torch.device("cpu"), encode if text else None, executor)
+        steps = lane_batches(plan, [2, 3], start, 40, torch.device("cpu"), encode if text else torch.tensor, executor)
         return [[(b.step, b.lane, b.keys, b.images.tolist(), b.condition.tolist()) for b in step] for step in steps]
 
     here = found(InProcess())

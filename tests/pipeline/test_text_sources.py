@@ -1,5 +1,6 @@
 """Sources of captioned images: what they list, what they refuse, and what becomes of every kind of sample."""
 
+import dataclasses
 import gzip
 import io
 import os
@@ -15,25 +16,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.datasets import DatasetError, Rejected, Sample, Skipped, Task, captions, parquet, webdataset, work
+from pipeline.datasets import DatasetError, DatasetParams, Rejected, Sample, Skipped, Source, Task, captions, work
+from pipeline.datasets.parquet import Parquet
 from pipeline.datasets.tar import members
-from pipeline.params import DatasetParams, SourceParams
+from pipeline.datasets.text_folder import TextFolder
+from pipeline.datasets.webdataset import WebDataset
 from pipeline.stages import shard
 from pipeline.storage import Storage
 from pixelgen.data.shards import SCHEMA, decode
-from tests.pipeline.folders import encoded, make_run, make_tar, only, pairs, params_of, picture, png_claiming, split_of
+from tests.pipeline.folders import (
+    encoded,
+    make_run,
+    make_tar,
+    only,
+    pairs,
+    params_of,
+    picture,
+    png_claiming,
+    split_of,
+    tasks_of,
+)
 
 
 def of(kind: str, path: Path, captions=("txt",), image=None, **changes) -> DatasetParams:
-    return params_of(SourceParams(kind, str(path), {c: 1.0 for c in captions}, image), **changes)
+    options = {"path": str(path), "captions": {c: 1.0 for c in captions}} | ({"image": image} if image else {})
+    return params_of(Source.of(kind)(**options), **changes)
 
 
 def outcome(data: DatasetParams) -> tuple[dict[str, list[str | None]], dict[str, list[str]], int]:
     """Captions of each sample that is read, by key; the keys that are rejected, with reasons; how many are skipped."""
     read, rejected, skipped = {}, {}, 0
-    source = work.SOURCES[only(data)[1].format]
-    for task in source.tasks(*only(data))[1]:
-        for key, load in source.read(*only(data), task):
+    for task in tasks_of(data):
+        for key, load in only(data).read(data, task):
             try:
                 sample = load()
             except Rejected as reason:
@@ -199,15 +213,15 @@ def test_what_is_no_tar_is_one_line_of_quarantine(tmp_path):
 
 def test_a_folder_that_cannot_be_what_is_meant_is_refused_up_front(tmp_path):
     with pytest.raises(DatasetError, match=f"{tmp_path}/no: No such file or directory; path must be a readable folder"):
-        webdataset.tasks(*only(of("webdataset", tmp_path / "no", image="jpg")))
+        tasks_of(of("webdataset", tmp_path / "no", image="jpg"))
     (tmp_path / "x.tgz").touch()
     with pytest.raises(DatasetError, match=f"{tmp_path} has no .tar files at any depth: correct path"):
-        webdataset.tasks(*only(of("webdataset", tmp_path, image="jpg")))
+        tasks_of(of("webdataset", tmp_path, image="jpg"))
     make_tar(tmp_path / "deep" / "a.tar", pairs(1))
     with pytest.raises(DatasetError, match=r"deep/a.tar has no member of kind output_image; there are: jpg, txt;"):
-        webdataset.tasks(*only(of("webdataset", tmp_path, image="output_image")))
+        tasks_of(of("webdataset", tmp_path, image="output_image"))
     with pytest.raises(DatasetError, match=r"deep/a.tar has no member of kind caption; there are: jpg, txt; correct"):
-        webdataset.tasks(*only(of("webdataset", tmp_path, ("txt", "caption"), "jpg")))
+        tasks_of(of("webdataset", tmp_path, ("txt", "caption"), "jpg"))
 
 
 def test_headers_made_to_lead_astray_end_the_tar(tmp_path):
@@ -303,15 +317,15 @@ def test_columns_are_checked_up_front(tmp_path, columns, says):
     write(tmp_path / "a.parquet", {"image": [b""], "txt": ["a"]})
     write(tmp_path / "p.parquet", columns)
     with pytest.raises(DatasetError, match=says):
-        parquet.tasks(*only(of("parquet", tmp_path, image="image")))
+        tasks_of(of("parquet", tmp_path, image="image"))
 
 
 def test_a_folder_without_a_row_is_refused(tmp_path):
     with pytest.raises(DatasetError, match=r"has no \.parquet files at any depth"):
-        parquet.tasks(*only(of("parquet", tmp_path, image="image")))
+        tasks_of(of("parquet", tmp_path, image="image"))
     write(tmp_path / "p.parquet", {"image": [], "txt": []}, {"image": pa.binary(), "txt": pa.string()})
     with pytest.raises(DatasetError, match=r"none of its \.parquet files has a row"):
-        parquet.tasks(*only(of("parquet", tmp_path, image="image")))
+        tasks_of(of("parquet", tmp_path, image="image"))
 
 
 def test_damaged_parquet_costs_its_rows_and_each_is_counted(tmp_path):
@@ -323,7 +337,7 @@ def test_damaged_parquet_costs_its_rows_and_each_is_counted(tmp_path):
     path.write_bytes(raw)
     (tmp_path / "q.parquet").write_bytes(raw[:1000])
     data = of("parquet", tmp_path, image="image")
-    assert [task.samples for task in parquet.tasks(*only(data))[1]] == [40, 1]
+    assert [task.samples for task in tasks_of(data)] == [40, 1]
     read, rejected, _ = outcome(data)
     assert read.keys() == {f"p.parquet/{n}" for n in range(40) if not 10 <= n < 20}
     assert rejected.keys() == {f"p.parquet/{n}" for n in range(10, 20)} | {"q.parquet"}
@@ -373,9 +387,9 @@ def test_a_folder_without_a_pair_is_refused(tmp_path):
     (tmp_path / "a.jpg").touch()
     (tmp_path / "a.caption").touch()
     with pytest.raises(DatasetError, match=r"has no image with a text beside it \(\.txt\): correct path or captions"):
-        work.SOURCES["text_folder"].tasks(*only(of("text_folder", tmp_path)))
+        tasks_of(of("text_folder", tmp_path))
     with pytest.raises(DatasetError, match="no: No such file or directory; path must be a readable folder"):
-        work.SOURCES["text_folder"].tasks(*only(of("text_folder", tmp_path / "no")))
+        tasks_of(of("text_folder", tmp_path / "no"))
 
 
 # ------------------------------------------------------------------------------------------------ the whole way
@@ -401,9 +415,9 @@ def mixed(tmp_path_factory):
     for n in range(60):
         sized(n).save(root / "files" / f"{n}.png")
         (root / "files" / f"{n}.txt").write_text(f"file {n}" if n != 10 else "")
-    sources = {"tars": SourceParams("webdataset", str(root / "tars"), {"txt": 1.0}, "jpg"),
-               "rows": SourceParams("parquet", str(root / "rows"), {"long": 2.0}, "image"),
-               "files": SourceParams("text_folder", str(root / "files"), {"txt": 0.5}, None)}
+    sources = {"tars": WebDataset(str(root / "tars"), {"txt": 1.0}, "jpg"),
+               "rows": Parquet(str(root / "rows"), {"long": 2.0}, "image"),
+               "files": TextFolder(str(root / "files"), {"txt": 0.5})}
     return DatasetParams(sources, (32, 64), "plain", "png", 6, 0.2, 0.1, 4.0, 0)
 
 
@@ -486,7 +500,7 @@ def test_another_order_of_captions_is_another_run(shard_stage, tmp_path):
     """What is finished of the one has its columns in the other order."""
     write(tmp_path / "rows/p.parquet", {"image": [encoded(sized(n)) for n in range(9)], "a": ["x"] * 9, "b": ["y"] * 9})
     for columns in {"a": 1.0, "b": 2.0}, {"b": 2.0, "a": 1.0}:
-        source = SourceParams("parquet", str(tmp_path / "rows"), columns, "image")
+        source = Parquet(str(tmp_path / "rows"), columns, "image")
         with pytest.raises(KeyboardInterrupt):
             shard_stage(DatasetParams({"rows": source}, (32,)), stop=0)
     assert len([*Path("runs/shard").iterdir()]) == 2
@@ -504,17 +518,17 @@ def test_many_bad_samples_stop_the_stage_before_all_containers_are_read(shard_st
     assert shard_stage(of("webdataset", tmp_path, image="jpg", max_quarantined=0.75))["quarantined"] == 12
 
 
-def test_a_container_is_written_while_it_is_read(tmp_path, monkeypatch):
+def test_a_container_is_written_while_it_is_read(tmp_path):
     run = make_run(tmp_path)
 
-    class Endless:
-        def read(self, data, source, task):
+    class Endless(WebDataset):
+        def read(self, data, task):
             for n in range(22):
                 assert len(list((run / "shards").iterdir())) == n // 4  # no more than one shard is held
                 yield str(n), lambda: Sample(picture(1), "train", None, ["x"])
 
-    monkeypatch.setitem(work.SOURCES, "webdataset", Endless())
-    data = of("webdataset", tmp_path, image="jpg")
+    data = dataclasses.replace(of("webdataset", tmp_path, image="jpg"),
+                               sources={"webdataset": Endless(str(tmp_path), {"txt": 1.0}, "jpg")})
     work.write_job(work.Job("webdataset", 0, Task([], 0, shuffle=True)), data, Storage(None), run)
     rows = [s["rows"] for s in work.read_report(Storage(None), run, "webdataset-00000")["shards"]]
     assert rows == [4, 4, 4, 4, 4, 2]

@@ -18,20 +18,29 @@ from pipeline import runs
 from pipeline.cluster import Cluster
 from pipeline.params import read_params
 from pipeline.rank import Run
+from pipeline.stage import Stage
 from pipeline.stages import train as stage
 from pipeline.storage import Storage, fresh_directory
 from pixelgen import rank, recorders
 from pixelgen.checkpoint import read_state
-from pixelgen.config import MemoryConfig, ObjectiveConfig, SamplerConfig
+from pixelgen.config import ConfigError, MemoryConfig
+from pixelgen.denoisers.jit import SIZES
 from pixelgen.errors import StorageError, UserError
-from pixelgen.models import SIZES
 from pixelgen.objective import Objective
-from pixelgen.recipe import DenoiserParams
 from pixelgen.recorders import Curve, Grids, Saves, grids_upto, upto
+from pixelgen.samplers.heun import Heun
 from pixelgen.saving import NOTES, Checkpoints, writing
 from pixelgen.store import LocalStore
 from pixelgen.train import NonFiniteError, Step, create_state
-from tests.pixelgen.conftest import StandInDino, lane_batch, tiny_config, tiny_denoiser
+from tests.pixelgen.conftest import (
+    CLASSES,
+    NO_TERMS,
+    StandInDino,
+    lane_batch,
+    objective_config,
+    tiny_config,
+    tiny_denoiser,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,12 +69,13 @@ def directory_of(params, monkeypatch, tmp_path):
     """The run directory that `prepare` gives parameters; its inputs are always the same."""
     monkeypatch.setattr(Run, "plan", SimpleNamespace(order=SimpleNamespace(check=lambda: None)))
     storage = Storage(None)
-    for name in ("weights", "shard/digits"):
+    for name in ("networks", "shard/digits"):
         directory = fresh_directory(tmp_path / "out" / name)
-        storage.publish(directory, "weights" if name == "weights" else "dataset", {}, classes=[*range(10)])
+        storage.publish(directory, "networks" if name == "networks" else "dataset", {}, classes=[*range(10)])
     monkeypatch.chdir(tmp_path)
-    return lambda params, key="c2i": stage.prepare(key, params, storage, Cluster(None, 1, 1.0, 0.0, 1, 0, 1, None)
-                                                   ).directory
+    cluster = Cluster(None, 1, 1.0, 0.0, 1, 0, 1, None)
+    return lambda params, key="c2i": stage.prepare(
+        Stage("train", key, SimpleNamespace(train={key: params}), cluster, storage)).directory
 
 
 def test_a_training_of_an_earlier_version_is_not_begun_anew_beside_it(directory_of, params, tmp_path):
@@ -90,13 +100,12 @@ def test_a_run_may_be_shortened_and_lengthened(params, monkeypatch, tmp_path):
     def run_rank(directory, count):
         directory.mkdir(exist_ok=True)
         recipe = changed(params, steps=count, checkpoint_every=3, keep_checkpoints=1)
-        goal = Objective(ObjectiveConfig(repa_weight=0, pdino_weight=0, lpips_weight=0, gated=(), balance_start=None),
-                         8, torch.tensor(4), None, None)
+        goal = Objective(objective_config(**NO_TERMS), 8, torch.tensor(4), {})
         state = create_state(tiny_config(), goal, params.optimizer, 0, torch.device("cpu"))
         run = training(recipe, directory)
         steps.clear()
         if not run.done:
-            rank.fit_rank(run, state, goal, None, range(2), torch.device("cpu"), nullcontext(), writes=True)
+            rank.fit_rank(run, state, goal, CLASSES, range(2), torch.device("cpu"), nullcontext(), writes=True)
         assert run.unfinished() is None and run.done
         return run, read_state(run.checkpoints.local(count))
 
@@ -116,8 +125,8 @@ def test_a_run_may_be_shortened_and_lengthened(params, monkeypatch, tmp_path):
 
 def test_checkpoints_that_will_not_fit_are_noticed_before_training(params, monkeypatch, tmp_path):
     """12 bytes for each parameter that is trained, 4 for each averaged."""
-    config = ObjectiveConfig(repa_block=0, pdino_block=1, lpips_weight=0, gated=(), balance_start=None)
-    goal = Objective(config, 8, torch.tensor(4), StandInDino(), None)
+    config = objective_config(repa_block=0, pdino_block=1, lpips_weight=0, balance_start=None)
+    goal = Objective(config, 8, torch.tensor(4), {"dino": StandInDino()})
     state = create_state(tiny_config(), goal, params.optimizer, 0, torch.device("cpu"))
     free = [0.0]
     monkeypatch.setattr(rank.shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
@@ -132,7 +141,7 @@ def test_checkpoints_that_will_not_fit_are_noticed_before_training(params, monke
         check(keep_checkpoints=2)
     run = training(changed(params, keep_checkpoints=2), tmp_path)
     with pytest.raises(StorageError, match="make room"):
-        rank.fit_rank(run, state, goal, None, range(2), torch.device("cpu"), nullcontext(), writes=True)
+        rank.fit_rank(run, state, goal, CLASSES, range(2), torch.device("cpu"), nullcontext(), writes=True)
     free[0] = 3 * one
     check(keep_checkpoints=2)
     with pytest.raises(StorageError, match="5 checkpoints"):
@@ -149,7 +158,7 @@ def test_checkpoints_that_will_not_fit_are_noticed_before_training(params, monke
 
 @pytest.mark.parametrize("change", [
     {"checkpoint_every": 1}, {"keep_checkpoints": 9}, {"keep_every": 9}, {"log_every": 2}, {"grid_every": 2},
-    {"on_nonfinite": "skip(10)"}, {"grid_sampler": SamplerConfig("heun", 3)}, {"steps": 5},
+    {"on_nonfinite": "skip(10)"}, {"grid_sampler": Heun(3)}, {"steps": 5},
 ], ids=str)
 def test_a_run_goes_on_when_what_no_update_depends_on_is_changed(directory_of, params, change):
     assert directory_of(changed(params, **change)) == directory_of(params)
@@ -161,16 +170,23 @@ def test_a_run_is_known_by_its_meaning(directory_of, params, tmp_path, monkeypat
     renamed = dataclasses.replace(params, dataset="renamed")
     assert directory_of(renamed) == directory_of(params, key="another")
     manifest = json.loads((tmp_path / "out/shard/renamed/manifest.json").read_text())
-    named = dict(size="demo/16", image_size=32, num_classes=10)
     monkeypatch.setitem(SIZES, "mine", SIZES["demo/16"])
-    assert directory_of(dataclasses.replace(params, denoiser=DenoiserParams(**named | {"size": "mine"}))) == (
-        directory_of(params)), "an architecture counts, not its name"
+    mine = dataclasses.replace(params, denoiser=dataclasses.replace(params.denoiser, size="mine"))
+    assert directory_of(mine) == directory_of(params), "an architecture counts, not its name"
     monkeypatch.setitem(SIZES, "mine", SIZES["demo/16"] | {"mlp_ratio": 3.0})
-    assert directory_of(dataclasses.replace(params, denoiser=DenoiserParams(**named | {"size": "mine"}))) != (
-        directory_of(params))
+    assert directory_of(mine) != directory_of(params)
     for change, same in ({"versions": {"torch": "3.0"}}, True), ({"classes": [*range(9)]}, False):
         (tmp_path / "out/shard/renamed/manifest.json").write_text(json.dumps(manifest | change))
         assert (directory_of(renamed) == directory_of(params)) == same
+
+
+def test_data_has_at_most_the_classes_of_the_denoiser(params):
+    plan = SimpleNamespace(order=SimpleNamespace(check=lambda: None))
+    text = read_params(ROOT / "params.yaml").train["sft"]
+    rank.check_data(params, {"classes": [*range(10)]}, plan, "digits")
+    rank.check_data(text, {"classes": None}, plan, "scenes")
+    with pytest.raises(ConfigError, match="denoiser.num_classes 10: dataset digits has 11 classes"):
+        rank.check_data(params, {"classes": [*range(11)]}, plan, "digits")
 
 
 def test_the_order_in_which_sources_stand_is_no_part_of_the_order_of_images(params):
@@ -180,19 +196,19 @@ def test_the_order_in_which_sources_stand_is_no_part_of_the_order_of_images(para
                               listed, lambda name, size: SimpleNamespace(total=ord(name)))
                  for given, listed in ((mixture, sources),
                                        (mixture and dict(reversed(mixture.items())), dict(sorted(sources.items()))))]
-        assert [source.weight for source in plans[0].sources] == [source.weight for source in plans[1].sources]
+        assert [source.share for source in plans[0].sources] == [source.share for source in plans[1].sources]
         assert [source.split.total for source in plans[0].sources] == [ord(c) for c in ("ac" if mixture else "abc")]
 
 
 def test_a_network_for_the_evaluation_alone_retrains_nothing(directory_of, params, tmp_path):
     """Training is known by those of the frozen networks that its objective has."""
-    weights, before = tmp_path / "out/weights", directory_of(params)
+    networks, before = tmp_path / "out/networks", directory_of(params)
 
     def with_files(*names):
         for name in names:
-            (weights / name).mkdir(exist_ok=True)
-            (weights / name / "model.safetensors").write_bytes(b"weights")
-        Storage(None).publish(weights, "weights", {})
+            (networks / name).mkdir(exist_ok=True)
+            (networks / name / "model.safetensors").write_bytes(b"weights")
+        Storage(None).publish(networks, "networks", {})
         return directory_of(params)
 
     assert with_files("clip", "text") == before
@@ -231,11 +247,11 @@ def test_what_a_bad_number_stopped_goes_on_from_the_state_before_it(params, monk
         return (images - targets).square().mean((1, 2, 3)) * (math.nan if (targets == 1).all() else 1)
 
     def run_rank(params):
-        goal = Objective(ObjectiveConfig(repa_weight=0, pdino_block=1, gated=(), balance_start=None), 8,
-                         torch.tensor(4), StandInDino(), lpips)
+        goal = Objective(objective_config((), repa_weight=0, pdino_block=1, balance_start=None), 8, torch.tensor(4),
+                         {"dino": StandInDino(), "lpips": lpips})
         state = create_state(tiny_config(), goal, params.optimizer, 0, torch.device("cpu"))
         run = training(params, tmp_path)
-        rank.fit_rank(run, state, goal, None, range(2), torch.device("cpu"), nullcontext(), writes=True)
+        rank.fit_rank(run, state, goal, CLASSES, range(2), torch.device("cpu"), nullcontext(), writes=True)
         return run.checkpoints.steps()
 
     monkeypatch.setattr(rank, "lane_batches", lane_batches)
@@ -317,7 +333,7 @@ def test_what_is_recorded_when(params, tmp_path, monkeypatch):
     recipe = changed(params, steps=7, batch_size=6, log_every=2, grid_every=4, checkpoint_every=5)
     averages = tiny_denoiser()
     curve = Curve(tmp_path, LocalStore(tmp_path), recipe, 0, busiest=1e6)
-    grids = Grids(tmp_path, recipe, None, [3, 1], torch.device("cpu"))
+    grids = Grids(tmp_path, recipe, CLASSES, [3, 1], torch.device("cpu"))
     listening = [curve, grids, Saves(tmp_path, recipe.run, Writer())]
     for number in range(1, 8):
         state = SimpleNamespace(step=number, skipped=0, ema=averages)
@@ -349,19 +365,18 @@ def test_a_damaged_last_checkpoint_is_trained_again(params, monkeypatch, tmp_pat
     trained: list = []
     found: dict = {}
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(stage, "resolved_params", lambda _: read_params())
-    monkeypatch.setattr(stage.sys, "argv", ["train", "c2i"])
+    given = Stage("train", "c2i", read_params(), None, Storage(None))
     monkeypatch.setattr(stage, "prepare", lambda *_: run)
     monkeypatch.setattr(stage, "train", train)
     monkeypatch.setattr(stage, "write_outputs", lambda run, *_: run.checkpoints.local(run.recipe.fit.steps))
-    stage.main()
-    stage.main()
+    stage.run(given)
+    stage.run(given)
     assert trained == [[2, 4]]
     checkpoints.path(4).write_bytes(b"damaged")
     for name in (NOTES, rank.FAILURE, rank.STOP):
         checkpoints.store.write(name, b"of an earlier start")
     found.clear()
-    stage.main()
+    stage.run(given)
     assert trained == [[2, 4], [2, 4]]
     assert NOTES in found and not found.keys() & {rank.FAILURE, rank.STOP}
     assert b": put aside\n" in checkpoints.store.read(NOTES)

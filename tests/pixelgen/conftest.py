@@ -5,8 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixelgen.config import DenoiserConfig, FitConfig, TextDenoiserConfig
+from pixelgen.conditioning import Labels
+from pixelgen.config import FitConfig, load
+from pixelgen.denoisers.jit import JiTConfig
+from pixelgen.denoisers.jit_t2i import JiTTextConfig
+from pixelgen.models import DenoiserNetwork
 from pixelgen.models.jit import JiT
+from pixelgen.terms import ObjectiveConfig
 from pixelgen.train import LaneBatch
 
 torch.set_num_threads(1)  # the models are tiny: more threads only get in each other's way
@@ -21,16 +26,31 @@ FIT: dict[str, Any] = {
     "steps": 6, "batch_size": 8, "lanes": 4, "seed": 3, "ema_decay": 0.9, "precision": "fp32", "compile": False}
 
 
-def tiny_config(**changes: Any) -> DenoiserConfig:
-    return DenoiserConfig(**TINY | changes)
+CLASSES = Labels(TINY["num_classes"])
 
 
-def tiny_text(**changes: Any) -> TextDenoiserConfig:
-    return TextDenoiserConfig(**TINY_TEXT | changes)
+def tiny_config(**changes: Any) -> JiTConfig:
+    return JiTConfig(**TINY | changes)
+
+
+def tiny_text(**changes: Any) -> JiTTextConfig:
+    return JiTTextConfig(**TINY_TEXT | changes)
 
 
 def fit_config(**changes: Any) -> FitConfig:
     return FitConfig(**FIT | changes)
+
+
+def objective_config(gated: tuple[str, ...] = ("lpips",), **options: Any) -> ObjectiveConfig:
+    """TERM_OPTION stands for an option of a term; `gated` names the terms with a gate."""
+    data: dict[str, Any] = {term: {"gated": term in gated} for term in ("repa", "lpips", "pdino")}
+    for name, value in options.items():
+        term, _, option = name.partition("_")
+        data.update({name: value} if term not in data else {term: data[term] | {option: value}})
+    return load(ObjectiveConfig, data)
+
+
+NO_TERMS: dict[str, Any] = {"repa_weight": 0, "lpips_weight": 0, "pdino_weight": 0, "balance_start": None}
 
 
 def tiny_denoiser(seed: int = 0, **changes: Any) -> JiT:
@@ -39,7 +59,7 @@ def tiny_denoiser(seed: int = 0, **changes: Any) -> JiT:
     return randomised(JiT(tiny_config(**changes)))
 
 
-def randomised(model: JiT) -> JiT:
+def randomised(model: DenoiserNetwork) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -14,14 +14,13 @@ from pixelgen.checkpoint import (
     load_state,
     read_published,
     save_state,
-    with_hidden,
 )
-from pixelgen.config import ConfigError, ObjectiveConfig, OptimizerConfig
-from pixelgen.models import SIZES, hidden_width
+from pixelgen.config import ConfigError, OptimizerConfig
+from pixelgen.denoisers.jit import SIZES
 from pixelgen.models.jit_t2i import JiTText
 from pixelgen.objective import Objective
 from pixelgen.train import create_state
-from tests.pixelgen.conftest import tiny_config, tiny_denoiser, tiny_text
+from tests.pixelgen.conftest import NO_TERMS, objective_config, tiny_config, tiny_denoiser, tiny_text
 
 
 def weights(seed=0, **changes):
@@ -94,8 +93,7 @@ def test_every_weight_that_does_not_fit_is_named(tmp_path):
 
 
 def state(**changes):
-    off = Objective(ObjectiveConfig(repa_weight=0.0, lpips_weight=0.0, pdino_weight=0.0, gated=(), balance_start=None),
-                    8, torch.tensor(0), None, None)
+    off = Objective(objective_config(**NO_TERMS), 8, torch.tensor(0), {})
     return create_state(tiny_config(**changes), off, OptimizerConfig(), 0, torch.device("cpu"))
 
 
@@ -178,11 +176,11 @@ def test_the_ratio_of_the_hidden_width_is_found_again(config):
     for width in (32, 768, 1024, 1152, 1536):
         for ratio in (1.0, 8 / 3, 2.5, 3.0, 4.0, 6.0):
             whole = config(width=width, mlp_ratio=ratio)
-            assert with_hidden(hidden_width(whole), config(width=width)) == whole
+            assert config(width=width).with_hidden(whole.hidden_width) == whole
     for hidden in range(1, 200):
-        assert hidden_width(with_hidden(hidden, config())) == hidden
+        assert config().with_hidden(hidden).hidden_width == hidden
     with pytest.raises(ConfigError, match="mlp_ratio 0.0"):
-        with_hidden(0, config())
+        config().with_hidden(0)
 
 
 def test_named_sizes_need_no_further_word(monkeypatch):

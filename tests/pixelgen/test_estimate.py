@@ -1,6 +1,6 @@
 """Estimates against counted steps, against the roofline's figures, and against what a GPU has taken."""
 
-import dataclasses
+from pathlib import Path
 
 import lpips
 import pytest
@@ -8,8 +8,11 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.estimate import QWEN, quiet
-from pixelgen.config import MemoryConfig, ObjectiveConfig, SamplerConfig
+from pipeline.estimate import quiet
+from pipeline.networks.qwen3 import Qwen3
+from pixelgen.config import MemoryConfig
+from pixelgen.denoisers.jit import JiTOptions
+from pixelgen.denoisers.jit_t2i import JiTTextOptions
 from pixelgen.encoders.dino import PATCH, Dino
 from pixelgen.encoders.lpips import Lpips
 from pixelgen.estimate import (
@@ -24,20 +27,23 @@ from pixelgen.estimate import (
     training_memory,
     training_operations,
 )
-from pixelgen.models import build_denoiser, denoiser_config, text_denoiser_config
 from pixelgen.objective import Objective, WithProjector, repa_projector
 from pixelgen.precision import store_in_bf16
-from tests.pixelgen.conftest import some_images, tiny_config
+from pixelgen.samplers.adams_bashforth import AdamsBashforth
+from pixelgen.samplers.euler import Euler
+from pixelgen.samplers.heun import Heun
+from pixelgen.terms import ObjectiveConfig
+from tests.pixelgen.conftest import NO_TERMS, objective_config, some_images, tiny_config
 
 
-def networks(config, dino, net="vgg", text=None):
+def networks(config, dino, net="vgg"):
     with quiet():
         metric = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-    denoiser = build_denoiser(config)
+    denoiser = config.build()
     grid = config.image_size // config.patch_size
     seeing = Dino(timm.create_model(dino, pretrained=False, num_classes=0, img_size=grid * PATCH), grid)
     projector = repa_projector(config.width, seeing.width, config.width)
-    return Networks(denoiser, projector, seeing, Lpips(metric), text)
+    return Networks(denoiser, projector, {"dino": seeing, "lpips": Lpips(metric)})
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +53,16 @@ def published():
 
     def make(size, image_size):
         with torch.device("meta"):
-            text = AutoModel.from_config(AutoConfig.for_model(**QWEN)) if size == "XXL/16" else None
-        config = (text_denoiser_config(size, image_size) if text else denoiser_config(size, image_size, 1000, 0.0))
+            text = AutoModel.from_config(AutoConfig.for_model(**Qwen3().config(Path()))) if size == "XXL/16" else None
+        config = (JiTTextOptions(size, image_size) if text else JiTOptions(size, image_size, 1000)).resolve()
         with quiet():
             metric = Lpips(lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False))
         with torch.device("meta"):
             grid = image_size // 16
             dino = Dino(timm.create_model("vit_base_patch14_dinov2", pretrained=False, num_classes=0,
                                           img_size=grid * PATCH), grid)
-            return Networks(build_denoiser(config), repa_projector(config.width, 768, config.width), dino, metric, text)
+            return Networks(config.build(), repa_projector(config.width, 768, config.width),
+                            {"dino": dino, "lpips": metric} | ({"text": text} if text else {}))
 
     return {key: make(*key) for key in (("L/16", 256), ("XL/16", 256), ("XXL/16", 256), ("XXL/16", 512))}
 
@@ -67,7 +74,7 @@ def test_operations_are_those_of_the_roofline(published, size, image_size, gflop
     """By another count, made by hand from the published shapes."""
     forward = forward_operations(published[size, image_size])
     for gated, expected in zip((("lpips",), ("lpips", "pdino")), gflop, strict=True):
-        counted = training_operations(ObjectiveConfig(gated=gated), forward)
+        counted = training_operations(objective_config(gated), forward)
         assert sum(counted.values()) / 1e9 == pytest.approx(expected, rel=0.02)
 
 
@@ -95,9 +102,9 @@ def test_what_saves_memory(published):
 def test_operations_are_those_of_a_step_that_is_counted(gated):
     """Every image passes the gate, so that the shares are 1."""
     given = networks(tiny_config(dropout=0.0), "vit_tiny_patch16_224", "alex")
-    config = ObjectiveConfig(repa_block=1, pdino_block=11, gated=gated, gate_threshold=0.0)
+    config = objective_config(gated, repa_block=1, pdino_block=11, gate_threshold=0.0)
     model = WithProjector(given.denoiser, given.projector, 1)
-    goal = Objective(config, 8, torch.tensor(4), given.dino, given.lpips)
+    goal = Objective(config, 8, torch.tensor(4), given.frozen)
     images = some_images(4)
     draws = goal.draw(images, torch.tensor([0, 1, 2, 3]))
     with FlopCounterMode(display=False) as counter:
@@ -105,17 +112,17 @@ def test_operations_are_those_of_a_step_that_is_counted(gated):
     expected = training_operations(config, forward_operations(given))
     assert counter.get_total_flops() / 4 == pytest.approx(sum(expected.values()), rel=0.08)
     assert expected["text"] == 0 < min(expected[name] for name in ("denoiser", "repa", "dino", "lpips"))
-    for network in (given.dino, given.lpips):
+    for network in given.frozen.values():
         store_in_bf16(network)
     assert training_operations(config, forward_operations(given)) == expected, "whatever weights are stored in"
 
 
 def test_terms_without_weight_take_nothing():
     forward = dict.fromkeys(("denoiser", "repa", "dino", "lpips", "text"), 1.0)
-    config = ObjectiveConfig(repa_weight=0, lpips_weight=0, pdino_weight=0, gated=(), balance_start=None)
+    config = objective_config(**NO_TERMS)
     assert training_operations(config, forward) == {"denoiser": 3, "repa": 0, "dino": 0, "lpips": 0, "text": 1}
-    assert training_operations(dataclasses.replace(config, repa_weight=1), forward)["dino"] == 1
-    assert training_operations(dataclasses.replace(config, pdino_weight=1), forward)["dino"] == 3
+    assert training_operations(objective_config(**NO_TERMS | {"repa_weight": 1}), forward)["dino"] == 1
+    assert training_operations(objective_config(**NO_TERMS | {"pdino_weight": 1}), forward)["dino"] == 3
 
 
 def test_a_product_of_matrices_is_counted_by_hand():
@@ -127,12 +134,11 @@ def test_the_gate_lets_half_of_the_papers_times_pass():
     assert gate_share(ObjectiveConfig(gate_threshold=0.0)) == 1
 
 
-@pytest.mark.parametrize(("config", "rows"), [
-    (SamplerConfig("euler", 10), 10), (SamplerConfig("euler", 10, guidance=2.0), 19), (SamplerConfig("heun", 50), 99),
-    (SamplerConfig("heun", 50, 2.25, (0.1, 0.9), timeshift=2.0), 175),
-    (SamplerConfig("adams_bashforth", 25, 4.0, timeshift=3.0, order=2), 49)])
-def test_samples_the_denoiser_sees_for_an_image(config, rows):
-    assert sampling_rows(config) == rows
+@pytest.mark.parametrize(("sampler", "rows"), [
+    (Euler(10), 10), (Euler(10, guidance=2.0), 19), (Heun(50), 99),
+    (Heun(50, 2.25, (0.1, 0.9), timeshift=2.0), 175), (AdamsBashforth(25, 4.0, timeshift=3.0), 49)])
+def test_samples_the_denoiser_sees_for_an_image(sampler, rows):
+    assert sampling_rows(sampler) == rows
 
 
 def test_as_many_lanes_as_fit(published):

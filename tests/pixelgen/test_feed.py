@@ -20,7 +20,7 @@ import torch
 from pixelgen.config import CaptionConfig
 from pixelgen.data.captions import PREFIXES, prompt
 from pixelgen.data.executors import InProcess, processes
-from pixelgen.data.feed import PIECE, Plan, Source, lane_batches, read_rows
+from pixelgen.data.feed import PIECE, MixedSource, Plan, lane_batches, read_rows
 from pixelgen.data.order import WINDOW
 from pixelgen.data.shards import (
     GROUP,
@@ -86,7 +86,7 @@ def executor(request):
 def plan_of(split, **options):
     """A plan that reads a split, at its own size unless another is asked for."""
     values = {"image_size": 8, "seed": 5, "batch_size": 8, "lanes": 4, "text": None} | options
-    return Plan((Source(split, captions=(1.0,)),), **values)
+    return Plan((MixedSource(split, captions=(1.0,)),), **values)
 
 
 def encode(prompts):
@@ -94,7 +94,8 @@ def encode(prompts):
 
 
 def batches(plan, lanes, start, stop, executor=InProcess()):
-    return list(lane_batches(plan, lanes, start, stop, torch.device("cpu"), encode if plan.text else None, executor))
+    encoded = encode if plan.text else torch.tensor
+    return list(lane_batches(plan, lanes, start, stop, torch.device("cpu"), encoded, executor))
 
 
 def test_any_range_of_images_is_read_in_order(split):
@@ -164,7 +165,7 @@ def test_processes_are_kept_busy_and_no_further(split):
             asked.append(arguments)
             return super().submit(function, *arguments)
 
-    steps = lane_batches(plan, [0], 0, 100, torch.device("cpu"), None, Counting())
+    steps = lane_batches(plan, [0], 0, 100, torch.device("cpu"), torch.tensor, Counting())
     next(steps)
     steps.close()  # once the step after it is there
     assert len(asked) == 4 + 1 + 1 + 1
@@ -178,7 +179,7 @@ def test_reading_ends_with_whoever_reads(split, leave, tmp_path):
     with contextlib.suppress(ShardError), processes(2) as executor:
         pids = {executor.submit(os.getpid).result() for _ in range(8)}
         with contextlib.closing(lane_batches(plan_of(broken, lanes=8, batch_size=64), range(8), 0, 400,
-                                             torch.device("cpu"), None, executor)) as steps:
+                                             torch.device("cpu"), torch.tensor, executor)) as steps:
             for _, step in zip(range(400 if leave == "an error" else 20), steps, strict=False):
                 assert len(step) == 8
             assert leave == "closed", "the damage was not met"
@@ -209,7 +210,7 @@ def large(folder, sources, rows, shard_rows):
         folder.joinpath(f"{source}").mkdir()
         one = shard_file(folder / f"{source}" / "one.parquet", [row(n, bytes(300)) for n in range(shard_rows)])
         counted = dataclasses.replace(one, file=Counted(one.file, read))
-        found.append(Source(Split((counted,) * (rows // shard_rows)), 1 + source, (1.0,)))
+        found.append(MixedSource(Split((counted,) * (rows // shard_rows)), 1 + source, (1.0,)))
     return found, read
 
 

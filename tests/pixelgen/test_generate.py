@@ -10,22 +10,25 @@ import torch
 from pixelgen import PixelGen, cli
 from pixelgen.checkpoint import CheckpointError, export
 from pixelgen.cli import main
-from pixelgen.config import ConfigError, SamplerConfig
+from pixelgen.config import ConfigError
 from pixelgen.models.jit_t2i import JiTText
 from pixelgen.precision import store_in_bf16
-from tests.pixelgen.conftest import TINY_TEXT, randomised, some_images, tiny_config, tiny_denoiser, tiny_text
+from pixelgen.samplers import Sampler
+from pixelgen.samplers.adams_bashforth import AdamsBashforth
+from pixelgen.samplers.euler import Euler
+from pixelgen.samplers.heun import Heun
+from tests.pixelgen.conftest import CLASSES, TINY_TEXT, randomised, some_images, tiny_config, tiny_denoiser, tiny_text
 
 LABELS, SEEDS = [i % 4 for i in range(16)], list(range(100, 116))
-SAMPLERS = [SamplerConfig("euler", 3), SamplerConfig("heun", 4, 2.5, (0.1, 0.9), 2.0),
-            SamplerConfig("adams_bashforth", 4, 3.0, order=2)]
+SAMPLERS: list[Sampler] = [Euler(3), Heun(4, 2.5, (0.1, 0.9), 2.0), AdamsBashforth(4, 3.0)]
 
 
 @pytest.fixture(scope="module")
 def model():
-    return PixelGen(tiny_denoiser().eval())
+    return PixelGen(tiny_denoiser().eval(), "fp32", CLASSES)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: s.name)
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: s.kind)
 @pytest.mark.parametrize("size", [1, 2, 7, 16])
 def test_an_image_depends_on_its_own_label_and_seed_alone(model, sampler, size):
     """To the byte, if the network always sees as many samples as now; else up to the rounding of a few pixels."""
@@ -52,7 +55,7 @@ def test_images_are_those_that_the_sampler_ends_with(model):
     grey = tiny_denoiser()
     torch.nn.init.zeros_(grey.final_layer.linear.weight)
     torch.nn.init.constant_(grey.final_layer.linear.bias, 0.5)
-    images = PixelGen(grey.eval()).generate([0, 1], [0, 1], SAMPLERS[1])
+    images = PixelGen(grey.eval(), "fp32", CLASSES).generate([0, 1], [0, 1], SAMPLERS[1])
     assert (images == 191).all()  # (0.5 + 1)·127.5 = 191.25
 
 
@@ -95,7 +98,7 @@ def test_from_pretrained_errors(tmp_path):
         with pytest.raises(CheckpointError, match=r"there is no config\.json"):
             PixelGen.from_pretrained(source)
     with pytest.raises(ConfigError, match="precision"):
-        PixelGen(tiny_denoiser(), precision="fp16")
+        PixelGen(tiny_denoiser(), "fp16", CLASSES)
 
 
 def test_a_repository_that_cannot_be_had_is_named(monkeypatch):
@@ -118,12 +121,14 @@ def test_command_line(tmp_path, capsys, model):
 
     picture = np.asarray(Image.open(tmp_path / "out.png"))
     assert picture.shape == (16, 34, 3)
-    expected = model.generate([0, 3], [0, 1], SamplerConfig("heun", 2))
+    expected = model.generate([0, 3], [0, 1], Heun(2))
     assert np.array_equal(picture[:, :16], expected[0]) and np.array_equal(picture[:, 18:], expected[1])
     assert main([*arguments, "4"]) == 1
     assert "labels [4] are outside 0 to 3" in capsys.readouterr().err
-    assert main([*arguments, "0", "--sampler", "adams_bashforth"]) == 1
-    assert "order None" in capsys.readouterr().err
+    assert main([*arguments, "0", "--sampler", "adams_bashforth", "--order", "5"]) == 1
+    assert "--sampler.adams_bashforth: order 5 must be 1, 2, 3 or 4" in capsys.readouterr().err
+    assert main([*arguments, "0", "--interval", "0.9", "0.1"]) == 1
+    assert "--sampler.heun: interval [0.9, 0.1] must satisfy" in capsys.readouterr().err
     arguments[2] = str(tmp_path / "none" / "out.png")
     assert main([*arguments, "0"]) == 1
     assert "No such file or directory" in capsys.readouterr().err
@@ -182,5 +187,5 @@ def test_a_model_loaded_in_half_precision_is_stored_in_it(tmp_path):
     loaded = PixelGen.from_pretrained(tmp_path, precision="bf16")
     assert loaded.denoiser.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
     assert loaded.denoiser.y_embedder.embedding_table.weight.dtype == torch.float32
-    images = PixelGen(plain.eval(), "bf16").generate([0, 1], [0, 1], SAMPLERS[0])
+    images = PixelGen(plain.eval(), "bf16", CLASSES).generate([0, 1], [0, 1], SAMPLERS[0])
     assert np.array_equal(loaded.generate([0, 1], [0, 1], SAMPLERS[0]), images)

@@ -10,7 +10,7 @@ from pixelgen import cli
 from pixelgen.errors import FileError
 from pixelgen.metrics import geneval
 from pixelgen.metrics.geneval import (
-    Found,
+    ClassDetections,
     Rules,
     evaluate_folder,
     evaluate_image,
@@ -47,7 +47,7 @@ class Squares:
             for mask, color in zip(masks, here, strict=True):
                 y, x = np.nonzero(mask)
                 boxes.append((x.min(), y.min(), x.max() + 1, y.max() + 1, color[1] / 100))
-            found[name] = Found(np.array(boxes, np.float32).reshape(-1, 5), masks)
+            found[name] = ClassDetections(np.array(boxes, np.float32).reshape(-1, 5), masks)
         return found
 
 
@@ -97,7 +97,7 @@ def test_masks_stay_with_their_boxes_when_overlapping_ones_are_dropped():
     masks[2, :3] = True
     colors = Blue()
     both = {**CUP, "include": [{"class": "cup", "count": 2, "color": "red"}]}
-    judge_image(draw(), both, lambda image: {"cup": Found(boxes, masks)}, colors, Rules(max_overlap=0.5))
+    judge_image(draw(), both, lambda image: {"cup": ClassDetections(boxes, masks)}, colors, Rules(max_overlap=0.5))
     assert colors.seen[0][2] == [1600, 120]
 
 

@@ -1,9 +1,12 @@
 """The objective: gates, weights and balance; and the two frozen networks, loaded from files."""
 
+import contextlib
 import copy
 import functools
 import json
 import warnings
+from dataclasses import dataclass
+from typing import ClassVar
 from unittest import mock
 
 import lpips
@@ -11,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pixelgen.config import ConfigError, ObjectiveConfig
+from pixelgen.config import ConfigError, load
 from pixelgen.encoders.dino import (
     MEAN,
     PATCH,
@@ -22,11 +25,14 @@ from pixelgen.encoders.dino import (
     resize_by_matrices,
 )
 from pixelgen.encoders.lpips import load_lpips, unit
-from pixelgen.losses import balance_weight, feature_distance
+from pixelgen.estimate import gate_share, training_operations
+from pixelgen.losses import TERMS, Term, balance_weight, feature_distance
 from pixelgen.objective import Draws, Losses, Objective, WithProjector, join, repa_projector
 from pixelgen.precision import store_in_bf16
+from pixelgen.terms import ObjectiveConfig, TermConfig
 from tests.pixelgen.conftest import (
     StandInDino,
+    objective_config,
     some_images,
     stand_in_lpips,
     tiny_denoiser,
@@ -34,14 +40,15 @@ from tests.pixelgen.conftest import (
 
 X = some_images(4)
 NULL = torch.tensor(-1)
+NETWORKS = {"dino": StandInDino(), "lpips": stand_in_lpips}
 TIMES = torch.tensor([0.1, 0.3, 0.6, 0.2])  # two pass the gate at 0.3
 
 
 def run(t=TIMES, dino=None, lpips=stand_in_lpips, patch_size=16, percept_weight=1.0, **options):
     """The objective on a fixed prediction -> losses, and the gradient of the total at the prediction."""
     prediction = (X + some_images(4, seed=9) / 4).requires_grad_()
-    config = ObjectiveConfig(**{"pdino_block": 1, "balance_start": None} | options)
-    objective = Objective(config, patch_size, NULL, StandInDino() if dino is None else dino, lpips)
+    config = objective_config(**{"pdino_block": 1, "balance_start": None} | options)
+    objective = Objective(config, patch_size, NULL, {"dino": dino or StandInDino(), "lpips": lpips})
     draws = Draws(some_images(4, seed=7), t, torch.zeros(4, dtype=torch.long))
     projected = some_images(4, seed=8)[:, 0, :4, :6]
     losses = objective(lambda *_: (prediction, projected), X, draws, percept_weight)
@@ -68,8 +75,7 @@ def test_the_total_is_the_weighted_sum_of_its_terms():
 @pytest.mark.parametrize("gated", [(), ("lpips",), ("lpips", "pdino")])
 def test_lanes_that_share_a_pass_have_the_losses_of_lanes_alone(gated):
     """The first lane has two samples that pass the gate, the second none, the third one."""
-    objective = Objective(ObjectiveConfig(pdino_block=1, balance_start=None, gated=gated), 16, NULL, StandInDino(),
-                          stand_in_lpips)
+    objective = Objective(objective_config(pdino_block=1, balance_start=None, gated=gated), 16, NULL, NETWORKS)
     x, model = some_images(9), tiny_denoiser(dropout=0.2)
     t = torch.tensor([0.4, 0.1, 0.9, 0.1, 0.2, 0.0, 0.1, 0.3, 0.2])
     projected = WithProjector(model, repa_projector(32, 6, 16), 1)
@@ -105,6 +111,69 @@ def test_a_gate_that_no_sample_passes_contributes_nothing():
     assert torch.equal(losses.total, plain.total) and torch.equal(gradient, expected)
 
 
+@dataclass(frozen=True)
+class EdgesConfig(TermConfig):
+    """What a developer adds to `pixelgen.config`: a class like this and a field of `ObjectiveConfig`."""
+
+    networks: ClassVar = ("lpips",)
+
+    weight: float = 2.0
+    gated: bool = True
+    shift: int = 1  # pixels
+
+
+@dataclass(frozen=True)
+class WithEdges(ObjectiveConfig):
+    edges: EdgesConfig = EdgesConfig()
+
+
+def edges(seen, options):
+    """… and to `pixelgen.losses`, beside a row."""
+    assert len(seen.prediction) == len(seen.images) == len(seen.projected) == len(seen.features[0]) == 2
+    shifted = (images.roll(options.shift, -1) for images in (seen.prediction, seen.images))
+    return seen.networks["lpips"](*shifted)
+
+
+@pytest.mark.parametrize("perceptual", [False, True])
+def test_a_term_is_a_class_of_options_and_a_row(monkeypatch, perceptual):
+    """Weight, gate, balance, metrics, networks and operations follow from these."""
+    monkeypatch.setitem(TERMS, "edges", Term(edges, lambda options, depth: [0], {"lpips": 3}))
+    monkeypatch.setattr(EdgesConfig, "perceptual", perceptual)
+    config = load(WithEdges, {"pdino": {"block": 1}, "lpips": {"weight": 0}, "edges": {"shift": 3}})
+    assert config.networks == ["dino", "lpips"]
+    prediction = X + some_images(4, seed=9) / 4
+    objective = Objective(config, 16, NULL, NETWORKS)
+    draws = Draws(some_images(4, seed=7), TIMES, torch.zeros(4, dtype=torch.long))
+    losses = of_lane(objective(lambda *_: (prediction, some_images(4, seed=8)[:, 0, :4, :6]), X, draws, 3.0), 0)
+    terms = losses.terms
+    assert list(terms) == ["fm", "repa", "pdino", "edges"] and objective.blocks == [1, 1, 0]
+    torch.testing.assert_close(terms["edges"], stand_in_lpips(prediction, X)[1:3].mean())
+    expected = terms["fm"] + 0.5 * terms["repa"] + 3 * 0.01 * terms["pdino"] + (6 if perceptual else 2) * terms["edges"]
+    torch.testing.assert_close(losses.total, expected)
+    forward = dict.fromkeys(("denoiser", "repa", "dino", "lpips", "text"), 1.0)
+    assert training_operations(config, forward)["lpips"] == 3 * gate_share(config)
+    off = {"pdino": {"weight": 0}, "lpips": {"weight": 0}}
+    with contextlib.nullcontext() if perceptual else pytest.raises(ConfigError, match="no perceptual term to balance"):
+        assert load(WithEdges, off).terms.keys() == {"repa", "edges"}
+
+
+def test_every_term_has_options_and_a_row():
+    """In the order in which they are added up and recorded."""
+    assert [*ObjectiveConfig().terms] == [*TERMS] == ["repa", "lpips", "pdino"]
+    for name, term in ObjectiveConfig().terms.items():
+        assert {*TERMS[name].passes, *(["dino"] if TERMS[name].blocks else [])} == {*term.networks}
+
+
+def test_a_head_takes_part_where_no_sample_passes_its_gate():
+    """Ranks wait for the gradients of all that is trained."""
+    projected = some_images(4, seed=8)[:, 0, :4, :6].requires_grad_()
+    objective = Objective(objective_config(("repa", "lpips"), pdino_block=1), 16, NULL, NETWORKS)
+    draws = Draws(some_images(4, seed=7), torch.full((4,), 0.1), torch.zeros(4, dtype=torch.long))
+    losses = objective(lambda *_: (X, projected), X, draws, 1.0)
+    losses.total.sum().backward()
+    assert losses.terms["repa"] == 0 and projected.grad is not None and not projected.grad.any()
+
+
 def never(*_):
     raise AssertionError("this network has no weight and must not be run")
 
@@ -124,7 +193,8 @@ def test_nothing_waits_for_the_device(gated):
     """On a device without numbers: to ask for one is an error. The gate is known from times on the CPU."""
     dino, x = StandInDino(), X.to("meta")
     dino.weights = dino.weights.to("meta")
-    objective = Objective(ObjectiveConfig(gated=gated, pdino_block=1), 16, NULL, dino, stand_in_lpips)
+    networks = {"dino": dino, "lpips": stand_in_lpips}
+    objective = Objective(objective_config(gated, pdino_block=1), 16, NULL, networks)
     objective.null = NULL.to("meta")
     draws = objective.draw(x, torch.zeros(4, dtype=torch.long, device="meta"))
     assert draws.t.device.type == "cpu" and draws.condition.device.type == "meta"
@@ -179,26 +249,27 @@ def test_lpips_sees_large_patches_through_a_triangle_filter():
 
 
 @pytest.mark.parametrize(("networks", "options", "message"), [
-    ((None, stand_in_lpips), {}, "there is no DINO network"),
-    ((None, stand_in_lpips), {"repa_weight": 0.0}, "there is no DINO network"),
-    ((StandInDino(), None), {}, "there is no LPIPS network"),
-    ((StandInDino(), stand_in_lpips), {"pdino_block": 2}, "this DINO has blocks 0 to 1"),
+    (["lpips"], {}, "repa.weight is set, but there is no network dino"),
+    (["lpips"], {"repa_weight": 0.0}, "pdino.weight is set, but there is no network dino"),
+    (["dino"], {}, "lpips.weight is set, but there is no network lpips"),
+    ([*NETWORKS], {"pdino_block": 2}, "pdino.block 2: this DINO has blocks 0 to 1"),
 ])
 def test_a_network_that_is_needed_has_to_be_there(networks, options, message):
+    given = {name: NETWORKS[name] for name in networks}
     with pytest.raises(ConfigError, match=message):
-        Objective(ObjectiveConfig(**{"pdino_block": 1} | options), 16, NULL, *networks)
+        Objective(objective_config(**{"pdino_block": 1} | options), 16, NULL, given)
 
 
 def test_a_dropped_condition_has_to_be_finite():
     empty = torch.zeros(3, 6)
     empty[1, 2] = torch.nan
     with pytest.raises(ConfigError, match="features of the empty prompt, .* are not finite"):
-        Objective(ObjectiveConfig(pdino_block=1), 16, empty, StandInDino(), stand_in_lpips)
+        Objective(objective_config(pdino_block=1), 16, empty, NETWORKS)
 
 
 def test_draws():
-    config = ObjectiveConfig(pdino_block=1, condition_dropout=0.25)
-    objective = Objective(config, 16, NULL, StandInDino(), stand_in_lpips)
+    config = objective_config(pdino_block=1, condition_dropout=0.25)
+    objective = Objective(config, 16, NULL, NETWORKS)
     torch.manual_seed(0)
     x, labels = torch.zeros(4000, 3, 2, 2), torch.arange(4000)
     draws = objective.draw(x, labels)
@@ -211,8 +282,7 @@ def test_draws():
 
 def test_a_dropped_prompt_becomes_the_empty_one():
     null = torch.full((3, 2), -1.0)
-    objective = Objective(ObjectiveConfig(pdino_block=1, condition_dropout=0.5), 16, null, StandInDino(),
-                          stand_in_lpips)
+    objective = Objective(objective_config(pdino_block=1, condition_dropout=0.5), 16, null, NETWORKS)
     torch.manual_seed(0)
     features = torch.rand(400, 3, 2)
     condition = objective.draw(torch.zeros(400, 3, 2, 2), features).condition
@@ -223,9 +293,9 @@ def test_a_dropped_prompt_becomes_the_empty_one():
 
 
 def test_when_the_balance_is_refreshed():
-    objective = Objective(ObjectiveConfig(pdino_block=1), 16, NULL, StandInDino(), stand_in_lpips)
+    objective = Objective(objective_config(pdino_block=1), 16, NULL, NETWORKS)
     assert [s for s in range(399_900, 400_101) if objective.balances_at(s)] == [400_000, 400_050, 400_100]
-    never = Objective(ObjectiveConfig(pdino_block=1, balance_start=None), 16, NULL, StandInDino(), stand_in_lpips)
+    never = Objective(objective_config(pdino_block=1, balance_start=None), 16, NULL, NETWORKS)
     assert not never.balances_at(400_000)
 
 
@@ -434,8 +504,9 @@ def objectives(dino_files, metric, tmp_path):
     write_lpips(tmp_path, torchvision_names(metric))
 
     def make():
-        config = ObjectiveConfig(repa_weight=0.5, pdino_block=1, gated=("lpips", "pdino"))
-        return Objective(config, 16, NULL, load_dino(dino_files[0], 4), load_lpips(tmp_path))
+        config = objective_config(repa_weight=0.5, pdino_block=1, gated=("lpips", "pdino"))
+        return Objective(config, 16, NULL, {"dino": load_dino(dino_files[0], 4),
+                                                   "lpips": load_lpips(tmp_path)})
 
     return make
 
@@ -454,8 +525,8 @@ def test_compiled_networks_give_the_same_losses(objectives, monkeypatch):
     plain, compiled = objectives(), objectives()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     compiled.compile()
-    assert compiled.lpips._compiled_call_impl
-    assert all(block._compiled_call_impl for block in compiled.dino.network.blocks)
+    assert compiled.networks["lpips"]._compiled_call_impl
+    assert all(block._compiled_call_impl for block in compiled.networks["dino"].network.blocks)
     for passing in (4, 2, 3, 1, 0):
         t = torch.tensor([0.6] * passing + [0.1] * (4 - passing))
         torch.testing.assert_close(losses_and_gradient(compiled, t), losses_and_gradient(plain, t),
@@ -464,9 +535,9 @@ def test_compiled_networks_give_the_same_losses(objectives, monkeypatch):
 
 def test_networks_stored_in_half_precision_give_the_bits_that_autocast_gives(objectives):
     cast, stored = objectives(), objectives()
-    for network in (stored.dino, stored.lpips):
+    for network in stored.networks.values():
         store_in_bf16(network)
-    size = [sum(p.nbytes for p in objective.lpips.parameters()) for objective in (stored, cast)]
+    size = [sum(p.nbytes for p in objective.networks["lpips"].parameters()) for objective in (stored, cast)]
     assert size[0] == size[1] / 2
     found, wanted = (losses_and_gradient(objective, TIMES, half=True) for objective in (stored, cast))
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)

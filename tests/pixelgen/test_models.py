@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pixelgen.config import ConfigError
-from pixelgen.models import SIZES, denoiser_config, hidden_width, jit_t2i
+from pixelgen.denoisers.jit import SIZES, JiTOptions
+from pixelgen.models import jit_t2i
 from pixelgen.models.jit import JiT
 from pixelgen.models.jit_t2i import JiTText
 from pixelgen.models.layers import (
@@ -29,7 +30,7 @@ X, T, Y = some_images(5), torch.linspace(0, 1, 5), torch.arange(5)  # the last l
 def test_number_of_parameters(size, exact, published, monkeypatch):
     monkeypatch.setattr(torch.nn.init, "normal_", lambda weight, **_: weight)  # on this device it is slow to load
     with torch.device("meta"):
-        model = JiT(denoiser_config(size, 256, 1000, 0.0))
+        model = JiTOptions(size, 256, 1000).resolve().build()
     count = sum(p.numel() for p in model.parameters())
     assert count == exact
     assert published in (f"{round(count / 1e6)}M", f"{math.floor(count / 1e6)}M")
@@ -37,11 +38,11 @@ def test_number_of_parameters(size, exact, published, monkeypatch):
 
 def test_named_sizes():
     for size in SIZES:
-        assert denoiser_config(size, 256, 1000, 0.1).num_classes == 1000
-    with pytest.raises(ConfigError, match=r"denoiser size: 'XL/61' is not known \(did you mean 'XL/16'\?\)"):
-        denoiser_config("XL/61", 256, 1000, 0.0)
+        assert JiTOptions(size, 256, 1000, 0.1).resolve().num_classes == 1000
+    with pytest.raises(ConfigError, match=r"size: 'XL/61' is not known \(did you mean 'XL/16'\?\)"):
+        JiTOptions("XL/61", 256, 1000)
     with pytest.raises(ConfigError, match="image_size 250 is not a multiple"):
-        denoiser_config("XL/16", 250, 1000, 0.0)
+        JiTOptions("XL/16", 250, 1000)
 
 
 def test_a_fresh_model_returns_zeros_and_its_blocks_are_the_identity():
@@ -120,7 +121,7 @@ def test_dropout_is_for_those_who_draw_its_masks():
     model = tiny_denoiser(depth=4, dropout=0.3, in_context_start=2)
     torch.manual_seed(0)
     masks = model.draw_dropout(1000)
-    tokens, width, hidden = 4, model.config.width, hidden_width(model.config)
+    tokens, width, hidden = 4, model.config.width, model.config.hidden_width
     assert [[m if m is None else (*m.shape,) for m in pair] for pair in masks] == [
         [None, None], [(1000, tokens, width), (1000, tokens, hidden)],
         [(1000, tokens + 2, width), (1000, tokens + 2, hidden)], [None, None]]

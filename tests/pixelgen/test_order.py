@@ -120,7 +120,7 @@ def test_shards_come_in_another_order_every_epoch():
 def test_too_few_images_for_a_batch_is_an_error_that_says_so():
     with pytest.raises(ConfigError, match="7 training images are fewer than one batch of 8: lower"):
         plan_of([7], batch_size=8, lanes=1).check()
-    with pytest.raises(ConfigError, match="source 1 of the mixture has weight 0.001, less than one image in 64"):
+    with pytest.raises(ConfigError, match="source 1 of the mixture has the share 0.001, less than one image in 64"):
         plan_of([900], [900], batch_size=8, lanes=2, weights=[1, 0.001]).check()
     with pytest.raises(ConfigError, match="source 1 of the mixture has 12 training images, fewer than fit.lanes 192"):
         plan_of([9000], [12], batch_size=1536, lanes=192, weights=[127, 1]).check()

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from pixelgen.config import ObjectiveConfig
 from pixelgen.losses import flow_matching
 from pixelgen.path import (
     FLOOR,
@@ -15,6 +14,7 @@ from pixelgen.path import (
     shift_time,
     velocity,
 )
+from pixelgen.terms import ObjectiveConfig
 from tests.pixelgen.conftest import some_images
 
 X, NOISE = some_images(5, seed=1).double(), some_images(5, seed=2).double()

@@ -1,29 +1,33 @@
 """Samplers by closed-form solutions, guidance by its identities."""
 
+import dataclasses
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from pixelgen.config import SamplerConfig
+from pixelgen.cli import main
+from pixelgen.config import load
 from pixelgen.path import shift_time
-from pixelgen.samplers import (
-    adams_bashforth,
-    adams_weights,
-    euler,
-    guided_velocity,
-    heun,
-    sample,
-    sampling_times,
-)
+from pixelgen.samplers import Sampler
+from pixelgen.samplers.adams_bashforth import AdamsBashforth, adams_weights
+from pixelgen.samplers.euler import Euler
+from pixelgen.samplers.heun import Heun
+from pixelgen.sampling import guided_velocity, sample, sampling_times
 from tests.pixelgen.conftest import some_images
 
 NOISE = some_images(2, size=4).double()
-SAMPLERS = {"euler": euler, "heun": heun, "heun-inexact": lambda *a: heun(*a, exact=False)} | {
-    f"adams-{k}": lambda *a, k=k: adams_bashforth(*a, order=k) for k in (1, 2, 3, 4)}
-CONFIGS = [SamplerConfig("euler", 7, 3.0), SamplerConfig("heun", 6, 2.0, (0.1, 0.9), 2.0),
-           SamplerConfig("adams_bashforth", 5, 4.0, timeshift=3.0, order=2)]
-IDS = [c.name for c in CONFIGS]
+
+
+class Inexact(Heun):
+    exact = False
+
+
+SAMPLERS = {"euler": Euler(), "heun": Heun(), "heun-inexact": Inexact()} | {
+    f"adams-{k}": AdamsBashforth(order=k) for k in (1, 2, 3, 4)}
+CONFIGS: list[Sampler] = [Euler(7, 3.0), Heun(6, 2.0, (0.1, 0.9), 2.0), AdamsBashforth(5, 4.0, timeshift=3.0)]
+IDS = [c.kind for c in CONFIGS]
 
 
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("heun-inexact", 2), ("adams-1", 1),
@@ -34,7 +38,7 @@ def test_order_of_convergence(name, order, shift):
 
     def error(steps):
         times = shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift)
-        x = SAMPLERS[name](lambda x, t, at: 5 * t**4 * x, NOISE, times)
+        x = SAMPLERS[name].integrate(lambda x, t, at: 5 * t**4 * x, NOISE, times)
         return (x - math.e * NOISE).abs().max().item()
 
     assert math.log2(error(256) / error(512)) == pytest.approx(order, abs=0.25)
@@ -154,5 +158,38 @@ def test_callback_sees_every_step(config):
 @pytest.mark.parametrize(("config", "calls"), list(zip(CONFIGS, (7, 11, 5), strict=True)), ids=IDS)
 def test_number_of_evaluations(config, calls):
     denoise = Denoiser()
-    sample(denoise, NOISE.float(), CONDITION, None, SamplerConfig(config.name, config.steps, order=config.order))
+    sample(denoise, NOISE.float(), CONDITION, None, dataclasses.replace(config, guidance=1.0))
     assert denoise.rows == calls * len(NOISE)
+
+
+# ---------------------------------------------------------------------------------------------------- one more kind
+
+
+@dataclass(frozen=True)
+class Leap(Sampler):
+    """One step, whatever is asked for, and from `skew` beside the noise."""
+
+    skew: float = 0.0  # added to the noise
+
+    def integrate(self, v, noise, times, callback=None):
+        return Euler().integrate(v, noise + self.skew, times[[0, -1]], callback)
+
+
+def test_a_sampler_is_a_class_and_an_entry(monkeypatch, capsys):
+    """Files, the command line and its help know it by that; an option of another one is an error that says which there
+    are."""
+    monkeypatch.setitem(Sampler.kinds, "leap", f"{__name__}:Leap")
+    leap = load(Sampler, {"leap": {"steps": 3, "skew": 1}})
+    assert leap == Leap(3, skew=1.0) and leap.kind == "leap"
+    denoise = Denoiser()
+    sample(denoise, NOISE.float(), CONDITION, None, leap)
+    assert denoise.rows == len(NOISE)
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "{euler,heun,adams_bashforth,leap}" in said and "--skew SKEW added to the noise (of leap)" in said
+    assert "--interval LOW HIGH guidance acts where interval[0] < t <= interval[1] --" in said
+    assert main(["sample", "m", "x.png", "--labels", "0", "--sampler", "leap", "--order", "2"]) == 1
+    assert "--sampler.leap: key: 'order' is not known; valid: guidance, interval, skew," in capsys.readouterr().err
+    assert main(["sample", "m", "x.png", "--labels", "0", "--sampler", "leap", "--skew", "2"]) == 1
+    assert "no config.json" in capsys.readouterr().err, "the sampler is right, the model is not there"

@@ -8,8 +8,8 @@ import torch
 
 from pixelgen import saving as module
 from pixelgen.checkpoint import read_state
-from pixelgen.config import RunConfig
 from pixelgen.errors import StorageError
+from pixelgen.recipe import RunConfig
 from pixelgen.saving import Checkpoints, Writer, writing
 from pixelgen.store import LocalStore
 
@@ -115,7 +115,7 @@ def test_a_file_without_its_description_is_unfinished(checkpoints):
 class Far(LocalStore):
     """A store that is elsewhere."""
 
-    far = True
+    remote = True
 
 
 def test_what_an_earlier_life_has_left_on_another_machine_is_deleted(checkpoints, tmp_path):

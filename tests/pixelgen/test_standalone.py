@@ -1,6 +1,5 @@
 """A training without the workflow: alone or by torchrun, stopped and gone on with, and what it refuses."""
 
-import dataclasses
 import fcntl
 import hashlib
 import json
@@ -26,12 +25,11 @@ ROOT = Path(__file__).parents[2]
 MODEL = [f"model/{name}.safetensors" for name in ("raw", "ema", "projector")]
 RECIPE = """
 mixture: null
-text: null
-denoiser: {size: demo/16, image_size: 32, num_classes: 4, dropout: 0.1}
-objective: {repa_weight: 0.0, lpips_weight: 0.0, pdino_weight: 0.0, gated: [], balance_start: null}
+denoiser: {jit: {size: demo/16, image_size: 32, num_classes: 4, dropout: 0.1}}
+objective: {repa: {weight: 0.0}, lpips: {weight: 0.0}, pdino: {weight: 0.0}, balance_start: null}
 optimizer: {lr: 1e-3, betas: [0.9, 0.95], clip: 1.0}
 fit: {steps: 6, batch_size: 8, lanes: 2, seed: 0, ema_decay: 0.9, precision: fp32, compile: false}
-run: {checkpoint_every: 4, keep_checkpoints: 2, log_every: 1, grid_every: 6, grid_sampler: {steps: 2, guidance: 1.0}}
+run: {checkpoint_every: 4, keep_checkpoints: 2, log_every: 1, grid_every: 6, grid_sampler: {euler: {steps: 2}}}
 """
 
 
@@ -70,7 +68,7 @@ def whole(shards, tmp_path_factory):
 
 
 def run(recipe, shards, out, *options):
-    return main(["train", *map(str, (recipe, shards, out)), "--weights", str(out.parent), *options])
+    return main(["train", *map(str, (recipe, shards, out)), "--networks", str(out.parent), *options])
 
 
 def digests(folder, names):
@@ -84,7 +82,7 @@ def environment():
 def test_two_processes_of_torchrun_are_one(whole, recipe, shards, tmp_path):
     out = tmp_path / "out"
     told = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pixelgen",
-                           "train", recipe, shards, out, "--weights", tmp_path, "--threads", "1"], env=environment(),
+                           "train", recipe, shards, out, "--networks", tmp_path, "--threads", "1"], env=environment(),
                           capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     kept = [f"checkpoints/step-{n:08}.pt" for n in (4, 6)]
@@ -98,7 +96,7 @@ def test_a_stopped_training_goes_on_from_the_step_it_saved(whole, recipe, shards
     """SIGTERM comes after the first steps; what is left is as long as the undisturbed training then has to be."""
     out, long = tmp_path / "out", RECIPE.replace("checkpoint_every: 4", "checkpoint_every: 3000")
     recipe.write_text(long.replace("steps: 6", "steps: 3000"))
-    command = [sys.executable, "-m", "pixelgen", "train", recipe, shards, out, "--weights", tmp_path, "--threads", "1"]
+    command = [sys.executable, "-m", "pixelgen", "train", recipe, shards, out, "--networks", tmp_path, "--threads", "1"]
     child = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
     while not (out / "curve.csv").is_file() and child.poll() is None:
         time.sleep(0.05)
@@ -125,12 +123,11 @@ def test_a_finished_training_is_finished(whole, shards, capsys):
     (("seed: 0", "seed: 1"), "holds another training: recipe.fit.seed was 0 and is 1: name another folder"),
     (("lr: 1e-3", "lr: 2e-3"), "holds another training: recipe.optimizer.lr was 0.001 and is 0.002"),
     (("num_classes: 4", "num_classes: 3"), "denoiser.num_classes 3: dataset .* has 4 classes"),
-    (("lpips_weight: 0.0", "lpips_weight: 0.1"), "has no folder lpips, which the recipe needs: .*--weights"),
+    (("lpips: {weight: 0.0}", "lpips: {weight: 0.1}"), "has no folder lpips, which the recipe needs: .*--networks"),
     (("mixture: null", "mixture: {nois: 1.0}"), r"mixture: source: 'nois' is not known \(did you mean 'noise'\?\)"),
-    (("text: null", "init: earlier\ntext: null"), "recipe.yaml.init is earlier: name the folder .* with --init"),
-    (("text: null", "text: {prefix_probability: 0.1, short_words: 3}"), "text: .* has labels: set it to null"),
-    (("size: demo/16, image_size: 32, num_classes: 4, dropout: 0.1",
-      "size: demo-text/16, image_size: 32, num_classes: null, dropout: 0.0"), "denoiser.num_classes: .* it is needed"),
+    (("mixture: null", "init: earlier\nmixture: null"), "recipe.yaml.init is earlier: name the folder .* with --init"),
+    (("{jit: {size: demo/16, image_size: 32, num_classes: 4, dropout: 0.1}}",
+      "{jit_t2i: {size: demo-text/16, image_size: 32}}"), "denoiser: jit_t2i takes prompts, but .* has labels: choose"),
     (("seed: 0", "sed: 0"), r"recipe.yaml: fit: key: 'sed' is not known \(did you mean 'seed'\?\)"),
 ])
 def test_what_does_not_fit_is_refused_before_any_step(whole, recipe, shards, capsys, change, says):
@@ -187,4 +184,4 @@ def test_a_recipe_is_a_file_or_a_part_of_params(recipe, tmp_path):
     (tmp_path / "params.yaml").write_text(f"train:\n  mine:\n{nested}\n")
     assert read_recipe(tmp_path / "params.yaml", "mine") == alone
     assert read_recipe(ROOT / "params.yaml", "c2i").fit.lanes == 2
-    assert dataclasses.asdict(alone)["denoiser"]["size"] == "demo/16"
+    assert alone.denoiser.size == "demo/16"

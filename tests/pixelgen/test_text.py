@@ -12,16 +12,27 @@ from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 from pixelgen import PixelGen
 from pixelgen.checkpoint import CheckpointError, export, start_from
 from pixelgen.cli import main
-from pixelgen.config import ConfigError, ObjectiveConfig, OptimizerConfig, SamplerConfig
+from pixelgen.conditioning import Prompts
+from pixelgen.config import ConfigError, OptimizerConfig
 from pixelgen.encoders.text import load_text_encoder
 from pixelgen.models.jit_t2i import JiTText
-from pixelgen.models.speed import compile_blocks
 from pixelgen.objective import Objective
+from pixelgen.samplers.euler import Euler
+from pixelgen.samplers.heun import Heun
+from pixelgen.speed import compile_blocks
 from pixelgen.train import LaneBatch, create_state, train
-from tests.pixelgen.conftest import TINY_TEXT, StandInDino, fit_config, randomised, stand_in_lpips, tiny_text
+from tests.pixelgen.conftest import (
+    TINY_TEXT,
+    StandInDino,
+    fit_config,
+    objective_config,
+    randomised,
+    stand_in_lpips,
+    tiny_text,
+)
 
 LENGTH, WIDTH = TINY_TEXT["text_length"], TINY_TEXT["text_width"]
-SAMPLER = SamplerConfig("euler", steps=3, guidance=2.0)
+SAMPLER = Euler(3, 2.0)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +124,7 @@ def test_a_folder_without_an_encoder_is_named(tmp_path):
 @pytest.fixture(scope="module")
 def model(encoder):
     torch.manual_seed(0)
-    return PixelGen(randomised(JiTText(tiny_text())).eval(), text=encoder)
+    return PixelGen(randomised(JiTText(tiny_text())).eval(), "fp32", Prompts(encoder))
 
 
 def test_a_prompt_has_its_own_image_whatever_is_drawn_beside_it(model):
@@ -129,7 +140,7 @@ def test_guidance_leads_away_from_the_negative_prompt(model):
                            for n in ("", "", "a blue square"))
     assert np.array_equal(plain, empty) and not np.array_equal(plain, other)
     same = model.generate(["a red circle"], [0], SAMPLER, negative="a red circle")
-    assert np.array_equal(same, model.generate(["a red circle"], [0], SamplerConfig("euler", steps=3)))
+    assert np.array_equal(same, model.generate(["a red circle"], [0], Euler(3)))
 
 
 def test_labels_are_not_prompts(model):
@@ -146,7 +157,7 @@ def test_a_text_model_needs_the_encoder_it_was_trained_with(tmp_path, model, fol
     assert np.array_equal(again.generate(["a red"], [0], SAMPLER), model.generate(["a red"], [0], SAMPLER))
     other = JiTText(tiny_text(text_width=24))
     export(tmp_path / "b", tiny_text(text_width=24), other.state_dict(), other.state_dict(), {})
-    with pytest.raises(ConfigError, match="features of width 16, .* was trained on 24"):
+    with pytest.raises(ConfigError, match="gives features of width 16, .*/b takes 24: it is another text encoder"):
         PixelGen.from_pretrained(tmp_path / "b", text_encoder=folder)
 
 
@@ -160,7 +171,7 @@ def test_the_command_line_draws_files_of_prompts(tmp_path, model, folder, layout
     arguments = ["sample", str(tmp_path / "m"), str(tmp_path / "out"), "--prompts", str(tmp_path / "prompts"),
                  "--steps", "2", "--text-encoder", str(folder), "--layout", layout]
     assert main(arguments) == 0
-    expected = model.generate(["a red b"] * 4, range(4, 8), SamplerConfig("heun", 2))
+    expected = model.generate(["a red b"] * 4, range(4, 8), Heun(2))
     from PIL import Image
 
     def pixels(path):
@@ -183,8 +194,8 @@ def test_the_command_line_draws_files_of_prompts(tmp_path, model, folder, layout
 
 
 def objective(encoder, **options):
-    config = ObjectiveConfig(repa_block=1, repa_hidden=16, pdino_block=1, balance_start=None, **options)
-    return Objective(config, 8, encoder([""])[0], StandInDino(), stand_in_lpips)
+    config = objective_config(repa_block=1, repa_hidden=16, pdino_block=1, balance_start=None, **options)
+    return Objective(config, 8, encoder([""])[0], {"dino": StandInDino(), "lpips": stand_in_lpips})
 
 
 def begun(encoder, size, start=None, **changes):
@@ -234,5 +245,5 @@ def test_anything_else_that_does_not_fit_is_listed(encoder, tmp_path):
 
 
 def test_the_block_of_repa_has_to_be_there(encoder):
-    with pytest.raises(ConfigError, match="repa_block 1: the denoiser has blocks 0 to 0"):
+    with pytest.raises(ConfigError, match="repa.block 1: the denoiser has blocks 0 to 0"):
         create_state(tiny_text(depth=1), objective(encoder), OptimizerConfig(), 0, torch.device("cpu"))

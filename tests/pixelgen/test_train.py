@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from pixelgen.checkpoint import load_state, save_state
-from pixelgen.config import MemoryConfig, ObjectiveConfig, OptimizerConfig
+from pixelgen.config import MemoryConfig, OptimizerConfig
 from pixelgen.ema import ema_copy, ema_update
 from pixelgen.models.jit import Block
 from pixelgen.objective import Objective
@@ -33,6 +33,7 @@ from tests.pixelgen.conftest import (
     StandInDino,
     fit_config,
     lane_batch,
+    objective_config,
     randomised,
     stand_in_lpips,
     tiny_config,
@@ -45,7 +46,8 @@ def objective(lpips=stand_in_lpips, **options):
     """Every term on, and the balance refreshed before steps 2, 4, …"""
     options = {"repa_block": 2, "repa_hidden": 16, "pdino_block": 1, "gated": ("lpips", "pdino"), "balance_start": 1,
                "balance_every": 2, **options}
-    return Objective(ObjectiveConfig(**options), 8, torch.tensor(TINY["num_classes"]), StandInDino(), lpips)
+    return Objective(objective_config(**options), 8, torch.tensor(TINY["num_classes"]),
+                     {"dino": StandInDino(), "lpips": lpips})
 
 
 @pytest.mark.parametrize(("hidden", "width"), [(None, TINY["width"]), (16, 16)])
@@ -53,7 +55,7 @@ def test_the_repa_head_is_as_wide_as_the_denoiser_or_as_asked_for(hidden, width)
     goal = objective(repa_hidden=hidden)
     state = create_state(tiny_config(), goal, OPTIMIZER, 0, torch.device("cpu"))
     layers = [m for m in state.model.projector if isinstance(m, torch.nn.Linear)]
-    assert [m.out_features for m in layers] == [width, width, goal.dino.width]
+    assert [m.out_features for m in layers] == [width, width, goal.networks["dino"].width]
 
 
 def fresh_state(seed=0):

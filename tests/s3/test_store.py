@@ -17,12 +17,12 @@ from pipeline.runs import lease
 from pipeline.storage import Storage, fresh_directory, read_sealed, write_sealed
 from pipeline.store import S3Store, open_store, preflight, valid_root
 from pixelgen.checkpoint import read_state
-from pixelgen.config import RunConfig
-from pixelgen.data.feed import Plan, Source, read_rows
+from pixelgen.data.feed import MixedSource, Plan, read_rows
 from pixelgen.data.order import WINDOW
 from pixelgen.data.shards import describe_pieces, encode_shard
 from pixelgen.errors import StorageError, UserError
 from pixelgen.manifest import IDENTITY, MANIFEST
+from pixelgen.recipe import RunConfig
 from pixelgen.saving import Checkpoints, writing
 from pixelgen.store import LocalStore
 from tests.s3.proxy import Answer, error, flip_bit, hold, lose_answer, reset, reset_in_body, truncate
@@ -334,7 +334,7 @@ def test_the_server_sends_hardly_more_than_the_rows_that_are_used(dataset, fault
         exchange.answer(answer)
 
     faults.add(count, method="GET", path="objects/")
-    rows = [*read_rows(Plan((Source(split),), 8, 0, 12, 12), range(12), 0, 15 * WINDOW, threads)]
+    rows = [*read_rows(Plan((MixedSource(split),), 8, 0, 12, 12), range(12), 0, 15 * WINDOW, threads)]
     assert len({row.key for row in rows}) == len(rows) == 12 * 15 * WINDOW
     of_a_row = sum(file["size"] for file in dataset["files"]) / split.total
     assert 1 <= sum(sent) / (len(rows) * of_a_row) < 2

@@ -15,7 +15,7 @@ from PIL import Image
 from pixelgen import PixelGen
 from pixelgen.checkpoint import export
 from pixelgen.cli import main
-from pixelgen.config import SamplerConfig
+from pixelgen.samplers.adams_bashforth import AdamsBashforth
 from tests.pixelgen.conftest import tiny_denoiser
 
 DRAWN = [3, "", 2, 5, "adams_bashforth", 4, 1.5, 2.0]  # class, negative, images, seed, sampler, steps, guidance, shift
@@ -80,7 +80,7 @@ def test_it_draws_what_the_library_draws(app, model):
 
     gallery = Client(app[1], verbose=False).predict(*DRAWN, api_name="/draw")
     drawn = np.stack([np.asarray(Image.open(item["image"])) for item in gallery])
-    sampler = SamplerConfig("adams_bashforth", 4, 1.5, timeshift=2.0, order=2)
+    sampler = AdamsBashforth(4, 1.5, timeshift=2.0)
     assert np.array_equal(drawn, PixelGen.from_pretrained(model).generate([3, 3], [5, 6], sampler))
 
 

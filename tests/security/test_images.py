@@ -6,23 +6,25 @@ import struct
 import tarfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.datasets import Rejected, work
+from pipeline.datasets import Rejected, Source, work
 from pipeline.datasets.files import files_below
 from pipeline.datasets.tar import LARGEST_HEADER, members
-from pipeline.params import PromptsParams, SourceParams
+from pipeline.prompts import PromptFile
+from pipeline.stage import Stage
 from pipeline.stages import prompts as prompts_stage
 from pipeline.stages.sample import load_prompts
 from pipeline.storage import Storage
 from pixelgen import cli
 from pixelgen.config import ConfigError
 from pixelgen.errors import FileError
-from pixelgen.metrics.geneval import LARGEST, Rules, Sample, evaluate_image, list_images
+from pixelgen.metrics.geneval import LARGEST, PromptedImage, Rules, evaluate_image, list_images
 from pixelgen.prompts import read_prompts
 from tests.pipeline.folders import (
     encoded,
@@ -34,6 +36,7 @@ from tests.pipeline.folders import (
     params_of,
     picture,
     png_claiming,
+    tasks_of,
 )
 from tests.security.hostile import peak_memory
 
@@ -83,6 +86,7 @@ def test_bombs_are_refused_by_their_headers(tmp_path):
     before = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from pipeline.datasets import Rejected
 from pipeline.datasets.decoding import decode
 from tests.pipeline.folders import folder_params
@@ -109,9 +113,9 @@ def test_no_file_is_read_that_is_longer_than_its_pixels_could_be(tmp_path):
     picture(1).save(tmp_path / "c" / "a.png")
     (tmp_path / "c" / "b.webp").write_bytes(encoded(picture(1), "WEBP"))
     os.truncate(tmp_path / "c" / "b.webp", 2**40)
-    source, data = work.SOURCES["image_folder"], folder_params(tmp_path)
-    (task,) = source.tasks(*only(data))[1]
-    loads = dict(source.read(*only(data), task))
+    data = folder_params(tmp_path)
+    (task,) = tasks_of(data)
+    loads = dict(only(data).read(data, task))
     assert loads["c/a.png"]().image.size == (W, H)
     with pytest.raises(Rejected, match="too large: an image of 1,099,511,627,776 bytes for 4.0 Mpx"):
         loads["c/b.webp"]()
@@ -133,7 +137,7 @@ def test_images_to_judge_are_refused_by_their_headers(tmp_path, capsys, data):
     with pytest.raises(FileError, match=r"00000/samples/0000\.png: not a readable image: "):
         list_images(tmp_path)
     with pytest.raises(FileError, match=r"0000\.png: not a readable image: "):
-        evaluate_image(Sample(path, "x", {}), None, None, Rules())
+        evaluate_image(PromptedImage(path, "x", {}), None, None, Rules())
     assert cli.main(["evaluate", "geneval", str(tmp_path), "--detector", "x", "--clip", "x"]) == 1
     assert "00000/samples/0000.png: not a readable image" in capsys.readouterr().err
     path.write_bytes(encoded(Image.new("1", (4096, LARGEST // 4096))))
@@ -158,10 +162,8 @@ def test_pipes_among_prompts_and_images_do_not_hang(tmp_path):
 def test_a_prompt_cannot_say_where_its_images_go(tmp_path, monkeypatch):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "name": "../../x"}\n{"name": "/etc", "prompt": "b", "tag": "c"}')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["prompts", "p"])
-    monkeypatch.setattr(prompts_stage, "resolved_params", lambda stage: type("P", (), {"prompts": {"p": PromptsParams(
-        "file", "p.jsonl")}}))
-    prompts_stage.main()
+    params = SimpleNamespace(prompts={"p": PromptFile("p.jsonl")})
+    prompts_stage.run(Stage("prompts", "p", params, None, Storage(None)))
     found = load_prompts(tmp_path / "out/prompts/p/prompts.jsonl")
     assert [(p.name, p.text, p.metadata) for p in found] == [
         ("00000", "a", {"prompt": "a"}), ("00001", "b", {"prompt": "b", "tag": "c"})]
@@ -174,14 +176,15 @@ def test_a_prompt_cannot_say_where_its_images_go(tmp_path, monkeypatch):
 
 
 def captioned(kind: str, path, image=None):
-    return params_of(SourceParams(kind, str(path), {"txt": 1.0}, image))
+    options = {"path": str(path), "captions": {"txt": 1.0}} | ({"image": image} if image else {})
+    return params_of(Source.of(kind)(**options))
 
 
 def shards_of(data, run):
     """What the shard stage makes of a source -> keys of its rows, and the reasons of what is rejected."""
     rows, reasons = [], {}
-    for number, task in enumerate(work.SOURCES[only(data)[1].format].tasks(*only(data))[1]):
-        work.write_job(work.Job(only(data)[1].format, number, task), data, Storage(None), run)
+    for number, task in enumerate(tasks_of(data)):
+        work.write_job(work.Job(only(data).kind, number, task), data, Storage(None), run)
     for path in sorted((run / "shards").iterdir()):
         rows += pq.read_table(path)["key"].to_pylist()
     for path in sorted((run / "reports").iterdir()):

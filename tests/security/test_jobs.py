@@ -96,7 +96,7 @@ def test_a_stage_runs_as_a_job(head, tmp_path):
     _, address, environment, _ = head
     workspace = build_empty(tmp_path / "work")
     join(workspace, "joined", "auto")
-    stage = f"cd {workspace} && PIXELGEN_CLUSTER=joined {sys.executable} -m pipeline.stages.shard digits"
+    stage = f"cd {workspace} && PIXELGEN_CLUSTER=joined {sys.executable} -m pipeline shard digits"
     done = subprocess.run([RAY, "job", "submit", "--address", address, "--", "bash", "-c", stage],
                           env=environment, cwd=tmp_path, text=True, capture_output=True)
     assert done.returncode == 0 and "part 1 of " in done.stdout, done.stdout + done.stderr

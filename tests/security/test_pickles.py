@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.judges import load_extractor
-from pipeline.stages.weights import FILES, prepare_lpips, write_text
+from pipeline.demo.judge import load_digits_judge
+from pipeline.demo.stand_ins import write_text
+from pipeline.networks.vgg16 import LpipsVgg16
 from pixelgen import checkpoint
 from pixelgen.encoders.dino import load_dino
 from pixelgen.encoders.inception import load_inception
@@ -33,8 +34,8 @@ LOADERS = {  # what reads the file; the file in its folder; and the config.json 
     "dino": (lambda f: load_dino(f, 2), "model.safetensors", CONFIG),
     "dino's arguments": (lambda f: load_dino(f, 2), "x.pth", CONFIG | {"arguments": {"checkpoint_path": "x.pth"}}),
     "lpips": (load_lpips, "trunk.safetensors", {"net": "alex"}),
-    "vgg": (prepare_lpips, FILES["lpips"][0].name, None),
-    "digits": (lambda f: load_extractor("digits", f, torch.device("cpu")), "digits/model.safetensors", None),
+    "vgg": (LpipsVgg16().prepare, LpipsVgg16.files[0].name, None),
+    "digits": (lambda f: load_digits_judge(f, torch.device("cpu")), "model.safetensors", None),
     "mmdet": (lambda f: load_detector(f / "x.pth", "cpu"), "x.pth", None),
     "detector": (lambda f: load_detector(f, "cpu"), "pytorch_model.bin", HUB[0]),
     "safe detector": (lambda f: load_detector(f, "cpu"), "model.safetensors", HUB[0]),

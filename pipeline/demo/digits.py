@@ -4,42 +4,63 @@ Three disjoint splits, fixed, with like numbers of each class. `train` is for th
 its loss, `heldout` for what real images score, `judge` only for the classifier that scores, and in no shard.
 """
 
+from __future__ import annotations
+
 import functools
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-from PIL import Image
+from pipeline.datasets import SPLITS, DatasetParams, Item, Sample
+from pipeline.datasets.listed import ListedSource
+from pixelgen.config import require
 
-from pipeline.datasets import SPLITS, Item, Sample
-from pipeline.params import DatasetParams, SourceParams
-from pixelgen.images import adm_crop
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
 
 CLASSES = [str(digit) for digit in range(10)]
 PARTS = {"train": slice(95), "judge": slice(95, 150), "heldout": slice(150, None)}  # of each class, shuffled
 
 
-def listing(data: DatasetParams, source: SourceParams) -> tuple[list[str], list[Item]]:
-    return CLASSES, [Item(f"{index:04}", int(bundled()[1][index]), split)
-                     for split in SPLITS for index in members(split)]
+@dataclass(frozen=True)
+class Digits(ListedSource):
+    """Digits to train on and to hold out."""
 
+    captions = None
 
-def load(data: DatasetParams, source: SourceParams, item: Item) -> Sample:
-    return Sample(image(int(item.key)), item.split, item.label)
+    def check(self, data: DatasetParams) -> None:
+        require(data.heldout == 0, f"heldout {data.heldout}: digits come with their own split: leave it out")
+
+    def listing(self, data: DatasetParams) -> tuple[list[str], list[Item]]:
+        return CLASSES, [Item(f"{index:04}", int(bundled()[1][index]), split)
+                         for split in SPLITS for index in members(split)]
+
+    def load(self, data: DatasetParams, item: Item) -> Sample:
+        return Sample(image(int(item.key)), item.split, item.label)
 
 
 def digits(split: Literal["train", "judge", "heldout"], size: int) -> tuple[np.ndarray, np.ndarray]:
     """A split as images (N, size, size, 3) uint8 and labels (N,): the very pixels that its shards hold."""
+    import numpy as np
+
+    from pixelgen.images import adm_crop
+
     chosen = members(split)
     return np.stack([adm_crop(image(index), size) for index in chosen]), bundled()[1][chosen]
 
 
 def image(index: int) -> Image.Image:
     """One digit, 8×8, RGB."""
+    import numpy as np
+    from PIL import Image
+
     return Image.fromarray(np.round(bundled()[0][index] * (255 / 16)).astype(np.uint8)).convert("RGB")
 
 
 def members(split: str) -> np.ndarray:
     """The indices of a split, ascending."""
+    import numpy as np
+
     random = np.random.RandomState(0)  # its stream never changes
     shuffled = [random.permutation(np.flatnonzero(bundled()[1] == label)) for label in range(len(CLASSES))]
     return np.sort(np.concatenate([indices[PARTS[split]] for indices in shuffled]))

@@ -1,23 +1,26 @@
 """Rendered scenes of coloured shapes, with captions in the grammar of GenEval's six tags.
 
-A prompt is a line of GenEval's metadata whose classes are shapes. `draw` places things so that a prompt is fulfilled,
+A prompt is a line of GenEval's metadata whose classes are shapes. `place` puts things so that a prompt is fulfilled,
 `render` paints them. Of every tag but single_object (which has one prompt a shape) some prompts are held out: no
 training caption names what they combine. Coordinates and sizes are shares of the image's side.
 """
 
+from __future__ import annotations
+
 import functools
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from PIL import Image, ImageDraw
 
-from pipeline.datasets import Item, Sample
+from pipeline.datasets import DatasetParams, Item, Sample
 from pipeline.datasets.files import split_of
-from pipeline.params import DatasetParams, SourceParams
-from pixelgen.metrics.geneval import TAGS, relations
+from pipeline.datasets.listed import ListedSource
+from pixelgen.config import choose, require
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Prompt = dict[str, Any]
 SHAPES = ("circle", "square", "triangle")
@@ -57,28 +60,30 @@ def all_prompts() -> dict[str, list[Prompt]]:
     pairs = list(itertools.permutations(SHAPES, 2))
     attributes = [((a, x), (b, y)) for a, b in pairs for x, y in itertools.permutations(COLORS, 2)]
     return {
-        "single_object": [prompt("single_object", f"a {a}", {"class": a}) for a in SHAPES],
-        "two_object": [prompt("two_object", f"a {a} and a {b}", {"class": a}, {"class": b}) for a, b in pairs],
-        "counting": [prompt("counting", f"{word} {a}s", {"class": a, "count": n})
+        "single_object": [_prompt("single_object", f"a {a}", {"class": a}) for a in SHAPES],
+        "two_object": [_prompt("two_object", f"a {a} and a {b}", {"class": a}, {"class": b}) for a, b in pairs],
+        "counting": [_prompt("counting", f"{word} {a}s", {"class": a, "count": n})
                      for a in SHAPES for n, word in NUMBERS.items()],
-        "colors": [prompt("colors", f"a {x} {a}", {"class": a, "color": x}) for a in SHAPES for x in COLORS],
-        "position": [prompt("position", f"a {b} {r} a {a}", {"class": a}, {"class": b, "position": [r, 0]})
+        "colors": [_prompt("colors", f"a {x} {a}", {"class": a, "color": x}) for a in SHAPES for x in COLORS],
+        "position": [_prompt("position", f"a {b} {r} a {a}", {"class": a}, {"class": b, "position": [r, 0]})
                      for a, b in pairs for r in RELATIONS],
-        "color_attr": [prompt("color_attr", f"a {x} {a} and a {y} {b}", {"class": a, "color": x},
-                              {"class": b, "color": y}) for (a, x), (b, y) in attributes],
+        "color_attr": [_prompt("color_attr", f"a {x} {a} and a {y} {b}", {"class": a, "color": x},
+                               {"class": b, "color": y}) for (a, x), (b, y) in attributes],
     }
 
 
-def prompt(tag: str, text: str, *include: dict[str, Any]) -> Prompt:
-    wanted = [{"count": 1, **thing} for thing in include]
-    first = wanted[0]
+def _prompt(tag: str, text: str, *include: dict[str, Any]) -> Prompt:
+    things = [{"count": 1, **thing} for thing in include]
+    first = things[0]
     more = {"exclude": [{"class": first["class"], "count": first["count"] + 1}]} if tag == "counting" else {}
-    return {"tag": tag, "include": wanted, **more, "prompt": PHOTO + text}
+    return {"tag": tag, "include": things, **more, "prompt": PHOTO + text}
 
 
 @functools.cache
 def held_out(tag: str) -> list[Prompt]:
     """The prompts for evaluation: one in `HELD_OUT` of a tag, but at least two; all of single_object."""
+    import numpy as np
+
     every = all_prompts()[tag]
     if tag == "single_object":
         return every
@@ -102,15 +107,19 @@ def named(thing: dict[str, Any]) -> tuple[str, str] | None:
 # ------------------------------------------------------------------------------------------------------ scenes
 
 
-def draw(wanted: Prompt, random: np.random.Generator) -> list[Thing]:
+def place(prompt: Prompt, random: np.random.Generator) -> list[Thing]:
     """Things that fulfil the prompt and nothing else, each somewhere in a quarter of the image of its own."""
-    kinds = [(w["class"], w.get("color")) for w in wanted["include"] for _ in range(w["count"])]
-    place = next((w["position"][0] for w in wanted["include"] if "position" in w), None)
+    import numpy as np
+
+    from pixelgen.metrics.geneval import relations
+
+    kinds = [(thing["class"], thing.get("color")) for thing in prompt["include"] for _ in range(thing["count"])]
+    relation = next((thing["position"][0] for thing in prompt["include"] if "position" in thing), None)
     while True:
         quarters = random.permutation(4)
         things = [_thing(shape, color, int(quarter), random)
                   for (shape, color), quarter in zip(kinds, quarters, strict=False)]
-        if place is None or relations(np.array(things[1].box), np.array(things[0].box)) == {place}:
+        if relation is None or relations(np.array(things[1].box), np.array(things[0].box)) == {relation}:
             return things
 
 
@@ -123,58 +132,69 @@ def _thing(shape: str, color: str | None, quarter: int, random: np.random.Genera
 
 def render(things: list[Thing], size: int, random: np.random.Generator) -> Image.Image:
     """Paint the things on a grey of random brightness; size×size pixels, smooth at the edges."""
+    import numpy as np
+
     side = size * OVERSAMPLING
     image = Image.new("RGB", (side, side), (int(random.integers(*BACKGROUND)),) * 3)
     canvas = ImageDraw.Draw(image)
     for thing in things:
         color = tuple(int(c) for c in np.clip(np.array(COLORS[thing.color]) + random.integers(-12, 13, 3), 0, 255))
-        PAINT[thing.shape](canvas, [side * v for v in thing.box], color)
+        paint(canvas, thing.shape, [side * v for v in thing.box], color)
     return image.resize((size, size), Image.Resampling.BOX)
 
 
 def silhouette(shape: str, size: int) -> np.ndarray:
     """Mask (size, size) of a shape that fills its bounding box."""
+    import numpy as np
+
     side = size * OVERSAMPLING
     image = Image.new("RGB", (side, side))
-    PAINT[shape](ImageDraw.Draw(image), [0, 0, side - 1, side - 1], (255, 255, 255))
+    paint(ImageDraw.Draw(image), shape, [0, 0, side - 1, side - 1], (255, 255, 255))
     return np.asarray(image.resize((size, size), Image.Resampling.BOX))[..., 0] > 127
 
 
-def _circle(canvas: ImageDraw.ImageDraw, box: list[float], color: tuple[int, ...]) -> None:
-    canvas.ellipse(box, fill=color)
-
-
-def _square(canvas: ImageDraw.ImageDraw, box: list[float], color: tuple[int, ...]) -> None:
-    canvas.rectangle(box, fill=color)
-
-
-def _triangle(canvas: ImageDraw.ImageDraw, box: list[float], color: tuple[int, ...]) -> None:
-    x0, y0, x1, y1 = box
-    canvas.polygon([((x0 + x1) / 2, y0), (x1, y1), (x0, y1)], fill=color)
-
-
-PAINT: dict[str, Callable[[ImageDraw.ImageDraw, list[float], tuple[int, ...]], None]] = {
-    "circle": _circle, "square": _square, "triangle": _triangle}
+def paint(canvas: ImageDraw.ImageDraw, shape: str, box: list[float], color: tuple[int, ...]) -> None:
+    if shape == "circle":
+        canvas.ellipse(box, fill=color)
+    elif shape == "square":
+        canvas.rectangle(box, fill=color)
+    else:
+        x0, y0, x1, y1 = box
+        canvas.polygon([((x0 + x1) / 2, y0), (x1, y1), (x0, y1)], fill=color)
 
 
 # ---------------------------------------------------------------------------------------------------- the source
 
 
-def listing(data: DatasetParams, source: SourceParams) -> tuple[None, list[Item]]:
-    assert source.count is not None
-    return None, [Item(f"{n:07}", None, split_of(f"{n:07}", data.heldout)) for n in range(source.count)]
+@dataclass(frozen=True)
+class Scenes(ListedSource):
+    """Scenes of training prompts, every tag as often as the others."""
 
+    captions: dict[str, float]  # {short or long: share, …}: how often, relatively, each is drawn in training
+    count: int  # how many are rendered
+    clutter: float  # share of them that show one thing more than their captions say
 
-def load(data: DatasetParams, source: SourceParams, item: Item) -> Sample:
-    """A scene of a random training prompt, every tag as often as the others, with its captions."""
-    assert source.captions is not None and source.clutter is not None
-    random = np.random.default_rng([data.seed, int(item.key)])
-    prompts = trained(str(random.choice(TAGS)))
-    wanted = prompts[random.integers(len(prompts))]
-    things = draw(wanted, random)
-    if len(things) < 4 and random.random() < source.clutter:
-        free = [q for q in range(4) if q not in {int(t.x > 0.5) + 2 * int(t.y > 0.5) for t in things}]
-        things.append(_thing(str(random.choice(SHAPES)), None, int(random.choice(free)), random))
-    text = wanted["prompt"].removeprefix(PHOTO)
-    captions: list[str | None] = [CAPTIONS[name].format(text) for name in source.captions]
-    return Sample(render(things, data.image_sizes[-1], random), item.split, None, captions)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for column in self.captions:
+            choose(column, [*CAPTIONS], "captions: column of scenes")
+        require(self.count >= 1, f"count {self.count} must be at least 1")
+        require(0 <= self.clutter <= 1, f"clutter {self.clutter} must lie in [0, 1]")
+
+    def listing(self, data: DatasetParams) -> tuple[None, list[Item]]:
+        return None, [Item(f"{n:07}", None, split_of(f"{n:07}", data.heldout)) for n in range(self.count)]
+
+    def load(self, data: DatasetParams, item: Item) -> Sample:
+        """A scene of a random training prompt, with its captions."""
+        import numpy as np
+
+        random = np.random.default_rng([data.seed, int(item.key)])
+        prompts = trained(str(random.choice([*all_prompts()])))
+        prompt = prompts[random.integers(len(prompts))]
+        things = place(prompt, random)
+        if len(things) < 4 and random.random() < self.clutter:
+            free = [q for q in range(4) if q not in {int(t.x > 0.5) + 2 * int(t.y > 0.5) for t in things}]
+            things.append(_thing(str(random.choice(SHAPES)), None, int(random.choice(free)), random))
+        text = prompt["prompt"].removeprefix(PHOTO)
+        captions: list[str | None] = [CAPTIONS[name].format(text) for name in self.captions]
+        return Sample(render(things, data.image_sizes[-1], random), item.split, None, captions)
