@@ -85,8 +85,12 @@ def lease(path: Path, patience: float = math.inf) -> Iterator[None]:
 def opened(path: Path) -> IO[str]:
     """A file, in a folder that may be cleared away at any moment."""
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except FileExistsError:  # also where it was there, and is cleared away before Python has looked at it
+                if path.parent.exists():
+                    raise
             return open(path, "a+")
 
 
