@@ -87,6 +87,24 @@ def test_who_clears_a_finished_run_away_disturbs_nobody_who_waits_for_it(tmp_pat
     assert [*tmp_path.iterdir()] == []
 
 
+def test_a_folder_that_goes_while_it_is_made_is_made_again(tmp_path, monkeypatch):
+    """As Python finds it where another process clears it away just then."""
+    made, asked = Path.mkdir, []
+
+    def mkdir(path, *arguments, **named):
+        asked.append(path)
+        if len(asked) == 1:
+            raise FileExistsError(17, "File exists", str(path))
+        made(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    runs.opened(tmp_path / "run" / "lease").close()
+    assert asked == [tmp_path / "run"] * 2 and (tmp_path / "run/lease").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        runs.opened(tmp_path / "file" / "lease")
+
+
 def test_a_finished_run_is_out_of_the_way_before_any_of_it_is_deleted(tmp_path, monkeypatch):
     """Its lease among it, without which somebody else could begin in the folder that is being deleted."""
     run, delete, there = tmp_path / "run", shutil.rmtree, []
